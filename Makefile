@@ -1,0 +1,70 @@
+# `make` alone lists the targets.
+PROFILE  ?= quick
+DATASETS ?=
+METHODS  ?=
+SEEDS    ?=
+SPLIT    ?=
+JOBS     ?=
+DEVICE   ?=
+FRESH    ?=
+PYTHON   ?= $(shell command -v python3.11 || command -v python3)
+
+VENV  := .venv
+PINS  := requirements.txt requirements-nodeps.txt
+# Named after the content of the pins: file times mean nothing in a clone.
+STAMP := $(VENV)/.installed-$(shell cat $(PINS) | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+BIN   := $(VENV)/bin
+OPTIONS = --profile "$(PROFILE)" $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(METHODS),--methods "$(METHODS)") \
+	$(if $(SEEDS),--seeds "$(SEEDS)") $(if $(SPLIT),--split "$(SPLIT)") $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(DEVICE),--device $(DEVICE)) $(if $(FRESH),--fresh)
+
+# Everything arrives with pip; after the installation nothing looks at the network.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export PYTHONPATH = $(CURDIR)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce-table2 tune test test-unit test-notebooks lab lint clean
+
+help:  ## this list
+	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "  options (2-core times): PROFILE=quick|cpu|paper|smoke  DATASETS=\"ml-100k foods\"  SEEDS=\"0 1 2\""
+	@echo "                          METHODS=\"full kd foster\"  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
+	@echo "  other data sets are read below the folder that FOSTER_DATA names, see README.md"
+
+install: $(STAMP)  ## make .venv with all pinned packages (3 to 10 min, once)
+
+$(STAMP): $(PINS)
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 12 min, 2 cores; again: seconds)
+	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
+	@$(BIN)/python -c "from foster_lib.paths import results_dir as r; print(); print((r() / '$(if $(filter smoke,$(PROFILE)),smoke/)table2' / 'table2.md').read_text())"
+
+tune: $(STAMP)  ## search of the full-data reference on validation (DATASETS=ml-100k: about 40 min)
+	@$(BIN)/python -m foster_lib.tune $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
+
+test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 6 min)
+
+test-unit: $(STAMP)  ## unit tests only (about 2 min)
+	@$(BIN)/python -m pytest tests
+
+test-notebooks: $(STAMP)  ## notebooks only (about 3 min)
+	@$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+lint: $(STAMP)  ## check style (seconds)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## remove the environment and all caches; results stay
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache

@@ -1,0 +1,85 @@
+"""Coresets: real training windows that stand for all of them.
+
+Each function returns `SyntheticSequences` of real items with real next items; `with_labels` puts
+a teacher's probabilities in the place of the next items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+
+from foster_lib.synthetic import SyntheticSequences
+from foster_lib.task import Task
+
+
+def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """Windows drawn uniformly without replacement."""
+    chosen = np.random.default_rng(seed).choice(len(task.windows), size=sequences, replace=False)
+    return _select(task, chosen)
+
+
+def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """Greedy k-center (Sener and Savarese, 2018): always add the window farthest from the chosen.
+
+    Distance is Euclidean between mean hidden states of the untrained, warm-started model; the
+    first window is drawn at random.
+    """
+    points = task.hidden_means(task.new_model(seed).eval(), task.windows)
+    return _select(task, farthest_points(points, sequences, seed))
+
+
+def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
+    points = task.hidden_means(task.teacher, task.windows)
+    centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
+    return _select(task, nearest_points(points, centroids))
+
+
+def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """KD-n: the windows of `k_means` with the labels of the full-data teacher, no distillation."""
+    return with_labels(task, k_means(task, sequences, seed))
+
+
+@torch.no_grad()
+def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
+    """Replace hard next items by the teacher's probabilities, y = softmax(s·h · f(e)).
+
+    The teacher's hidden states, times its scale, are the label queries and its adapter gives the
+    item features, so the labels are exact and their size does not depend on the catalogue.
+    """
+    teacher = task.teacher
+    hidden = teacher(chosen.items.to(task.device), teacher.features())
+    return replace(
+        chosen,
+        weight=teacher.adapter.weight.detach().cpu().clone(),
+        bias=teacher.adapter.bias.detach().cpu().clone(),
+        labels=(teacher.log_scale.exp() * hidden).cpu(),
+    )
+
+
+def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` points, each the farthest from those before it."""
+    chosen = [int(np.random.default_rng(seed).integers(len(points)))]
+    distance = np.linalg.norm(points - points[chosen[0]], axis=1)
+    while len(chosen) < count:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return np.array(chosen)
+
+
+def nearest_points(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """For each centroid the nearest point that no earlier centroid has taken."""
+    chosen: list[int] = []
+    for centroid in centroids:
+        distance = np.linalg.norm(points - centroid, axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(distance.argmin()))
+    return np.array(chosen)
+
+
+def _select(task: Task, chosen: np.ndarray) -> SyntheticSequences:
+    return SyntheticSequences.from_windows([task.windows[i] for i in chosen], task.length)

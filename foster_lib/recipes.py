@@ -1,0 +1,76 @@
+"""The two trainings every comparison is made of: on all real data, and on synthetic sequences."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from foster_lib.config import Settings
+from foster_lib.paths import write_atomically, write_text
+from foster_lib.sasrec import SASRec
+from foster_lib.synthetic import SyntheticSequences
+from foster_lib.task import Task
+from foster_lib.training import RealSequences, TrainLog, TrainSettings, train
+
+
+def train_student(
+    task: Task, sequences: SyntheticSequences, settings: Settings, seed: int, progress: str = ""
+) -> tuple[SASRec, TrainLog]:
+    """Train a fresh, warm-started recommender on synthetic sequences alone: (model, log)."""
+    student = replace(task, model_settings=replace(task.model_settings, dropout=settings.student.dropout))
+    model = student.new_model(seed)
+    log = train(
+        model,
+        sequences.to(task.device).training_data(task.embeddings),
+        settings.student,
+        seed=seed,
+        validate=task.validate,
+        device=task.device,
+        progress=progress,
+    )
+    return model, log
+
+
+def train_full(
+    task: Task, settings: TrainSettings, seed: int, folder: Path, progress: str = ""
+) -> tuple[SASRec, TrainLog]:
+    """Train on everything; record all epochs and the best weights in `folder`: (model, log).
+
+    The folder appears complete or not at all.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+
+    def record(epoch: int, model: torch.nn.Module) -> None:
+        _save_weights(model, working / f"epoch-{epoch:03d}.safetensors")
+
+    model = task.new_model(seed)
+    data = RealSequences(task.train, task.length, settings.batch_size)
+    log = train(
+        model, data, settings, seed=seed, validate=task.validate, on_epoch=record, device=task.device, progress=progress
+    )
+    _save_weights(model, working / "best.safetensors")
+    details = {
+        "seconds": round(log.seconds, 2),
+        "epochs": len(log.losses),
+        "kept_epoch": log.best_epoch,
+        "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
+        "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
+    }
+    write_text(working / "log.json", json.dumps(details))
+    shutil.rmtree(folder, ignore_errors=True)
+    working.rename(folder)
+    return model, log
+
+
+def _save_weights(model: torch.nn.Module, path: Path) -> None:
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+
+

@@ -1,0 +1,120 @@
+"""Manifests: what a run was, on what it ran, and what came out.
+
+A run is stored under a key made of everything that determines its result: all resolved
+settings, the data's checksums, and the code that computes it. A change of comments or
+docstrings keeps the key; a change of code does not, so no number outlives the code it came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from foster_lib.evaluation import Ranks
+from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
+
+SCHEMA = 1
+CORE_MODULES = ("datasets", "splits", "encoder", "sasrec", "training", "synthetic", "task", "evaluation", "recipes")
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "scipy", "safetensors", "recbole")
+
+
+def code_fingerprint(*modules: str) -> str:
+    """Hash of the code of `CORE_MODULES` and `modules`, comments and docstrings left out."""
+    digest = hashlib.sha256()
+    for module in sorted({*CORE_MODULES, *modules}):
+        digest.update(module.encode() + _code_of(module).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _code_of(module: str) -> str:
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def content_key(description: dict[str, Any]) -> str:
+    """Short hash of a JSON-serialisable description."""
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where a run took place: commit, packages, processor."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "hardware": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _processor(),
+    }
+
+
+def manifest_path(profile: str, dataset: str, method: str, seed: int, key: str) -> Path:
+    return results_dir() / "runs" / profile / dataset / f"{method}-seed{seed}-{key}.json"
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A finished run's manifest; None if it is absent, damaged, or of another schema."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        complete = manifest["schema"] == SCHEMA and path.with_suffix(".parquet").is_file()
+        return manifest if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks) -> Path:
+    """Write the per-user ranks, then the manifest: a run without its ranks is never seen."""
+    frame = ranks.to_frame()
+    write_atomically(path.with_suffix(".parquet"), lambda temporary: frame.to_parquet(temporary, index=False))
+    return write_text(path, json.dumps({"schema": SCHEMA, **manifest}, indent=1, sort_keys=True) + "\n")
+
+
+def read_ranks(path: Path) -> Ranks:
+    """Per-user test ranks beside a manifest."""
+    return Ranks.from_frame(pd.read_parquet(path.with_suffix(".parquet")))
+
+
+def _git() -> dict[str, Any]:
+    def run(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", "foster_lib"))}
+    except (OSError, subprocess.TimeoutExpired):
+        return {"commit": "", "dirty": None}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,119 @@
+"""Run a notebook with parameters: `python -m foster_lib.reproduce table2 --profile cpu`.
+
+papermill executes it; what papermill leaves loose is strict here: an unknown parameter is an
+error, the executed notebook appears only when all cells succeeded (a failed one is kept as
+`*.failed.ipynb`), and a manifest says what ran where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from foster_lib.config import PROFILES
+from foster_lib.errors import FosterError, check_known
+from foster_lib.paths import ROOT, results_dir, write_text
+from foster_lib.records import environment
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = None) -> Path:
+    """Execute `notebooks/<name>.ipynb` with parameters; returns the executed notebook's path.
+
+    Raises
+    ------
+    FosterError
+        For an unknown notebook or parameter, or a failing cell (named in the message).
+    """
+    check_known(name, [path.stem for path in NOTEBOOKS.glob("*.ipynb")], "notebook")
+    source = NOTEBOOKS / f"{name}.ipynb"
+    known = papermill.inspect_notebook(str(source))
+    for parameter in parameters:
+        check_known(parameter, known, f"parameter of notebook '{name}':")
+    parameters = {key: _typed(key, value, known[key]["inferred_type_name"]) for key, value in parameters.items()}
+    output = output or results_dir() / "notebooks" / f"{name}.ipynb"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    start = time.time()
+    try:
+        papermill.execute_notebook(
+            str(source), str(temporary), parameters, kernel_name="python3", progress_bar=False, log_output=True,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(ROOT),
+            extra_arguments=["--log-level=ERROR"],  # ipykernel warns about its local socket
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        temporary.replace(failed)
+        raise FosterError(
+            f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue} (the notebook so far: {failed})"
+        ) from error
+    except DeadKernelError as error:
+        raise FosterError(f"notebook '{name}': Python died while it ran, most likely for lack of memory; try --jobs 1.") from error
+    else:
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)  # only left there when interrupted
+    failed.unlink(missing_ok=True)
+    manifest = {"notebook": name, "parameters": parameters, "seconds": round(time.time() - start, 1), **environment("cpu")}
+    write_text(output.with_suffix(".json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return output
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m foster_lib.reproduce",
+        description="Run a notebook of this project with parameters and write its tables to results/.",
+        epilog="example: python -m foster_lib.reproduce table2 --profile cpu --datasets 'ml-100k foods' --jobs 2",
+    )
+    parser.add_argument("notebook", help="name without .ipynb, e.g. table2")
+    parser.add_argument("--profile", help="one of " + ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml"))))
+    parser.add_argument("--datasets", help="names separated by spaces, default: the profile's")
+    parser.add_argument("--methods", help="rows separated by spaces, default: the profile's")
+    parser.add_argument("--seeds", help="numbers separated by spaces, default: the profile's")
+    parser.add_argument("--split", help="leave-one-out or temporal, default: the profile's")
+    parser.add_argument("--jobs", type=int, help="runs side by side, default: number of cores, at most 2")
+    parser.add_argument("--device", help="cpu, cuda or auto")
+    parser.add_argument("--fresh", action="store_true", default=None, help="compute finished runs again")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="any other parameter of the notebook")  # fmt: skip
+    options = vars(parser.parse_args(arguments))
+    name, extra = options.pop("notebook"), options.pop("parameter")
+    parameters = {key: value for key, value in options.items() if value is not None and value != ""}
+    parameters |= dict(extra)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        output = run_notebook(name, parameters)
+    except FosterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"executed notebook: {output}")
+    return 0
+
+
+def _typed(name: str, value: Any, declared: str) -> Any:
+    """A parameter from the command line, read as the type that the notebook declares for it."""
+    if not isinstance(value, str) or declared in ("str", "None"):
+        return value
+    try:
+        value = json.loads(value.lower() if declared == "bool" else value)
+    except ValueError:
+        pass
+    if type(value).__name__ != declared and not (declared == "float" and isinstance(value, int)):
+        raise FosterError(f"parameter '{name}' must be of type {declared}, not {value!r}.")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""One run: a (data set, method, seed), from the texts to the manifest."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foster_lib.config import EncoderSettings, Settings
+from foster_lib.datasets import Dataset, load_dataset
+from foster_lib.encoder import TextEncoder
+from foster_lib.evaluation import rank_queries, recommender_scorer
+from foster_lib.methods import check_parameters, get_method
+from foster_lib.paths import cache_dir, results_dir
+from foster_lib.recipes import train_full, train_student
+from foster_lib.records import code_fingerprint, content_key, environment, manifest_path, read_manifest, write_manifest
+from foster_lib.splits import Split, make_split
+from foster_lib.synthetic import SyntheticSequences
+from foster_lib.task import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `key` names everything that determines its result."""
+
+    settings: Settings
+    method: str
+    seed: int
+
+    def description(self) -> dict[str, Any]:
+        """Resolved settings that this run depends on, and no others."""
+        settings, method = self.settings, get_method(self.method)
+        parameters = settings.methods.get(self.method, {})
+        check_parameters(self.method, parameters)
+        described = {
+            "dataset": settings.dataset,
+            "split": settings.split,
+            "encoder": asdict(settings.encoder),
+            "model": asdict(settings.model),
+            "method": self.method,
+            "parameters": parameters,
+            "seed": self.seed if method.seeded else 0,
+        }
+        if method.needs_teacher:
+            described["full"] = asdict(settings.full)
+        if method.condenses:
+            described["sequences"] = settings.sequences
+            described["student"] = asdict(settings.student)
+        return described
+
+    @property
+    def key(self) -> str:
+        modules = _modules_of(self.method)
+        return content_key({**self.description(), "data": load_once(self.settings.dataset).sha256, "code": code_fingerprint(*modules)})
+
+    @property
+    def path(self) -> Path:
+        return manifest_path(self.settings.profile, self.settings.dataset, self.method, self.seed, self.key)
+
+    @property
+    def distilled_path(self) -> Path:
+        name = f"{self.method}-seed{self.seed}-{self.key}.safetensors"
+        return results_dir() / "distilled" / self.settings.profile / self.settings.dataset / name
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if this run is finished."""
+        return read_manifest(self.path)
+
+
+# ------------------------------------------------------------------------------ one run
+
+
+def run_one(run: Run, device: str, progress: bool) -> str:
+    """Distil if the method does, train the student, evaluate, record."""
+    settings, method = run.settings, get_method(run.method)
+    split, task = _split(settings.dataset, settings.split), make_task(run, device)
+    label = f"{settings.dataset} {run.method} seed {run.seed}"
+    parameters = settings.methods.get(run.method, {})
+    if "progress" in inspect.signature(method.function).parameters:
+        parameters = {**parameters, "progress": label if progress else ""}
+    start = time.perf_counter()
+    outcome = method.function(task, sequences=settings.sequences, seed=run.seed, **parameters)
+    seconds = {"distillation": round(time.perf_counter() - start, 2), "training": 0.0}
+    details: dict[str, Any] = {}
+    if isinstance(outcome, SyntheticSequences):
+        outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
+        # The student reads what is on disk, rounding included: the file is the result.
+        stored = SyntheticSequences.load(run.distilled_path)
+        model, log = train_student(task, stored, settings, run.seed, f"{label}, student" if progress else "")
+        score = recommender_scorer(model)
+        seconds["training"] = round(log.seconds, 2)
+        details = {"bytes": stored.size_in_bytes(), "targets": int(stored.mask.sum()), "kept_step": log.best_epoch}
+    else:
+        score = outcome
+        if run.method == "full":
+            details = json.loads((trajectory_folder(run) / "log.json").read_text())
+            seconds["training"] = details["seconds"]
+    start = time.perf_counter()
+    validation = rank_queries(score, split.validation, task.n_items).metrics()
+    test = rank_queries(score, split.test, task.n_items)
+    seconds["evaluation"] = round(time.perf_counter() - start, 2)
+    manifest = {
+        **run.description(),
+        "profile": settings.profile,
+        "key": run.key,
+        "code": code_fingerprint(*_modules_of(run.method)),
+        "data": {"sha256": task.dataset.sha256, **task.dataset.statistics()},
+        "details": details,
+        "seconds": seconds,
+        "peak_memory_mib": _peak_memory(device),
+        "validation": validation,
+        "test": test.metrics(),
+        **environment(device),
+    }
+    write_manifest(run.path, manifest, test)
+    return f"{label}: NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test, {sum(seconds.values()):.0f} s"
+
+
+def train_full_run(run: Run, device: str, progress: bool) -> str:
+    label = f"{run.settings.dataset} full data seed {run.seed}"
+    _, log = train_full(
+        make_task(run, device), run.settings.full, run.seed, trajectory_folder(run), label if progress else ""
+    )
+    return f"{label}: trained {len(log.losses)} epochs in {log.seconds:.0f} s"
+
+
+def trajectory_folder(run: Run) -> Path:
+    """Cache folder of the full-data run that `run` reads its teacher and checkpoints from."""
+    return cache_dir() / "trajectories" / replace(run, method="full").key
+
+
+def make_task(run: Run, device: str = "cpu") -> Task:
+    """What the method of `run` may look at."""
+    settings = run.settings
+    split = _split(settings.dataset, settings.split)
+    return Task(
+        dataset=load_once(settings.dataset),
+        train=split.train,
+        validation=split.validation,
+        catalogue=load_catalogue(settings.dataset, settings.encoder, device),
+        model_settings=settings.model,
+        trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
+        device=device,
+    )
+
+
+# ------------------------------------------------------------- loaded once per process
+
+
+@functools.lru_cache(maxsize=2)
+def load_once(name: str) -> Dataset:
+    """`load_dataset`, kept for the next run of the same process."""
+    return load_dataset(name)
+
+
+@functools.lru_cache(maxsize=2)
+def _split(name: str, split: str) -> Split:
+    return make_split(load_once(name), split)
+
+
+@functools.lru_cache(maxsize=2)
+def load_catalogue(dataset: str, encoder: EncoderSettings, device: str) -> torch.nn.Module:
+    """Text embeddings of a data set's items, from the cache on disk after the first call."""
+    loaded = TextEncoder.load(encoder.name, allow_download=encoder.allow_download)
+    return loaded.catalogue(load_once(dataset).texts, encoder.tuned_layers, device)
+
+
+def _modules_of(method: str) -> list[str]:
+    """Library modules that a method's result depends on besides the core."""
+    own = get_method(method).function.__module__.rpartition(".")[2]
+    return [own, "subsets", "coresets"] if own == "foster" else [own]
+
+
+def _peak_memory(device: str) -> int:
+    """High-water mark of this process (CPU) or of the GPU's allocator, in MiB."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

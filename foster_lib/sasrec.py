@@ -1,0 +1,171 @@
+"""The recommender: SASRec over text embeddings, with an adapter and a warm start.
+
+Symbols: B sequences, L positions, N items (a subset or all |V|), d the recommender's width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the recommender.
+
+    width : d; layers, heads : of the transformer; length : L, longest sequence it reads;
+    dropout : on embeddings and residual branches; branch_scale : factor on the initial weights
+    that write into the residual stream (warm start); initial_scale : s in the softmax s·cos.
+    """
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    length: int = 50
+    dropout: float = 0.1
+    branch_scale: float = 0.1
+    initial_scale: float = 12.0
+
+
+class Dropout(nn.Module):
+    """Dropout with its own random generator: runs do not depend on a global seed."""
+
+    def __init__(self, p: float, generator: torch.Generator):
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        return x * keep.div_(1 - self.p)
+
+    def __deepcopy__(self, memo: dict) -> Dropout:
+        return Dropout(self.p, self.generator)  # a generator cannot be copied; sharing is harmless
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal attention by PyTorch's fused kernel."""
+
+    def __init__(self, settings: ModelSettings, generator: torch.Generator):
+        super().__init__()
+        d, self.heads = settings.width, settings.heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.project = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.expand, self.contract = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.dropout = Dropout(settings.dropout, generator)
+        for linear in (self.qkv, self.project, self.expand, self.contract):
+            scale = settings.branch_scale if linear in (self.project, self.contract) else 1.0
+            nn.init.normal_(linear.weight, 0.0, scale / math.sqrt(linear.in_features), generator=generator)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, d = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.dropout(self.project(mixed.transpose(1, 2).reshape(B, L, d)))
+        return x + self.dropout(self.contract(F.gelu(self.expand(self.norm_mlp(x)))))
+
+
+class SASRec(nn.Module):
+    """Self-attentive sequential recommendation (Kang and McAuley, 2018) on text embeddings.
+
+    Item features f(e) = normalise(adapter(text embedding)) are tied: they are the input of the
+    transformer and the output weights, score = s · cos(h, f(e)) with a learned scale s.
+    Sequences are left-aligned: position 0 is the oldest item of the window and padding stands at
+    the end, where the causal mask keeps it from being read.
+
+    Parameters
+    ----------
+    catalogue : module
+        Maps item indices to text embeddings (`FrozenCatalogue` or `TunedCatalogue`).
+    generator : torch.Generator
+        Draws the initial weights and the dropout masks.
+    """
+
+    def __init__(self, catalogue: nn.Module, settings: ModelSettings, generator: torch.Generator):
+        super().__init__()
+        self.settings, self.catalogue = settings, catalogue
+        self.adapter = nn.Linear(catalogue.width, settings.width)
+        nn.init.normal_(self.adapter.weight, 0.0, 1 / math.sqrt(catalogue.width), generator=generator)
+        nn.init.zeros_(self.adapter.bias)
+        self.positions = nn.Parameter(torch.empty(settings.length, settings.width))
+        nn.init.normal_(self.positions, 0.0, 0.02, generator=generator)
+        self.blocks = nn.ModuleList(Block(settings, generator) for _ in range(settings.layers))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(settings.initial_scale)))
+        self.dropout = Dropout(settings.dropout, generator)
+
+    def features(self, items: Tensor | None = None) -> Tensor:
+        """Unit-length features of `items` (N,), or of the whole catalogue: (N, d)."""
+        return F.normalize(self.adapter(self.catalogue(items)), dim=-1)
+
+    def forward(self, inputs: Tensor, features: Tensor) -> Tensor:
+        """Hidden states (B, L, d), unit length, each of which predicts the item that follows.
+
+        Parameters
+        ----------
+        inputs : (B, L) int64 or (B, L, N) float
+            Rows of `features`, or mixtures of them: real and synthetic data take the same path.
+        features : (N, d)
+        """
+        return self.transform(inputs @ features if inputs.is_floating_point() else features[inputs])
+
+    def transform(self, items: Tensor) -> Tensor:
+        """Hidden states (B, L, d) of sequences whose item features (B, L, d) are given."""
+        x = items * math.sqrt(self.settings.width) + self.positions[: items.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(x, dim=-1)
+
+    def scores(self, hidden: Tensor, features: Tensor) -> Tensor:
+        """Logits s · cos(h, f): (..., d) and (N, d) to (..., N)."""
+        return (self.log_scale.exp() * hidden) @ features.T  # scaling (T, d) is cheaper than scaling (T, N)
+
+    @torch.no_grad()
+    def warm_start(self, embeddings: Tensor, power: float = -0.5) -> SASRec:
+        """Let the untrained model rank by text similarity to the last item.
+
+        The adapter becomes the leading principal directions of the catalogue's text embeddings,
+        X − μ = U Σ Vᵀ, scaled by Σ^power (partial whitening); with the residual branches near
+        zero the hidden state is the last item's feature. Singular values are floored, because
+        directions without variance would only amplify noise.
+
+        Parameters
+        ----------
+        embeddings : (|V|, width of the encoder)
+        """
+        mean = embeddings.mean(0)
+        variance, directions = torch.linalg.eigh(((embeddings - mean).T @ (embeddings - mean)).double())
+        sigma = variance.flip(0).clamp(min=0).sqrt()[: self.settings.width]
+        directions = directions.flip(1)[:, : self.settings.width]
+        # An eigenvector's sign is arbitrary: fix it, so that all machines start alike.
+        signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+        weight = (directions * signs * sigma.clamp(min=1e-3 * float(sigma[0])).pow(power)).T
+        weight = weight.float().to(self.adapter.weight)
+        rank = weight.shape[0]  # fewer than `width` when the encoder is narrower than the recommender
+        self.adapter.weight.zero_()
+        self.adapter.weight[:rank] = weight / (embeddings - mean).to(weight).matmul(weight.T).norm(dim=-1).mean()
+        self.adapter.bias.zero_()
+        self.adapter.bias[:rank] = -(self.adapter.weight[:rank] @ mean.to(weight))
+        return self
+
+
+def build_model(catalogue: nn.Module, settings: ModelSettings, seed: int, device: str = "cpu") -> SASRec:
+    """A warm-started recommender on `device`; equal seeds give equal weights."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # nn.Linear's own, overwritten weights draw from the global state
+        model = SASRec(catalogue, settings, generator)
+    with torch.no_grad():
+        model.warm_start(catalogue().detach().cpu())
+    if torch.device(device).type != "cpu":
+        model.to(device)
+        device_generator = torch.Generator(device=device).manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.generator = device_generator
+    return model

@@ -1,0 +1,115 @@
+"""Stochastic item subsets: synthetic and real losses without the whole catalogue.
+
+Each iteration draws N of the |V| items. Only these, the anchors of the synthetic positions and
+the items of the drawn real windows are embedded, so a step costs the same for any |V|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foster_lib.sasrec import SASRec
+from foster_lib.training import Batch, soft_cross_entropy
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The items of one iteration, and the text embeddings of those items only.
+
+    Attributes
+    ----------
+    items : (N,) int64, sorted
+    fraction : N / |V|
+    """
+
+    items: Tensor
+    fraction: float
+
+    def to(self, device: str) -> Subset:
+        return replace(self, items=self.items.to(device))
+
+    def positions(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `anchors` stand in `items`, and which of them do: two tensors of their shape."""
+        place = torch.searchsorted(self.items, anchors).clamp(max=len(self.items) - 1)
+        return place, self.items[place] == anchors
+
+
+def sample_subset(n_items: int, size: int, generator: np.random.Generator) -> Subset:
+    """Draw N of |V| items uniformly without replacement; N ≥ |V| gives all of them."""
+    size = min(size, n_items)
+    items = np.arange(n_items) if size == n_items else np.sort(generator.choice(n_items, size, replace=False))
+    return Subset(torch.from_numpy(items), size / n_items)
+
+
+def subset_inputs(
+    queries: Tensor, bonus: Tensor, anchors: Tensor, subset: Subset, f_subset: Tensor, f_anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Input probabilities of S over the subset and each position's own anchor.
+
+    An anchor always stays available, whether or not it was drawn: without it, inputs would drift
+    to whatever neighbours the subset happens to hold. The other items' weights are multiplied by
+    |V| / N, so that the sum over the subset estimates the sum over the catalogue without bias; a
+    subset of all items gives exactly the full softmax.
+
+    Parameters
+    ----------
+    queries : (n, L, k), bonus : (n, L), anchors : (n, L)
+    f_subset : (N, k), f_anchor : (n, L, k)
+
+    Returns
+    -------
+    (n, L, N) and (n, L)
+        Probabilities of the subset's items other than the anchor, and of the anchor.
+    """
+    place, inside = subset.positions(anchors)
+    others = queries @ f_subset.T - float(np.log(subset.fraction))
+    hide = torch.zeros_like(others).scatter_(-1, place[..., None], torch.where(inside, -torch.inf, 0.0)[..., None])
+    own = (queries * f_anchor).sum(-1) + bonus
+    p = torch.cat([others + hide, own[..., None]], -1).softmax(-1)
+    return p[..., :-1], p[..., -1]
+
+
+@dataclass(frozen=True)
+class SyntheticBatch:
+    """S seen through one item subset.
+
+    p : (n, L, N) and own : (n, L), input probabilities; y : (T, N) target probabilities;
+    each model embeds the subset and the anchors itself.
+    """
+
+    subset: Subset
+    anchors: Tensor
+    mask: Tensor
+    p: Tensor
+    own: Tensor
+    y: Tensor
+
+    def detached(self) -> SyntheticBatch:
+        return replace(self, p=self.p.detach(), own=self.own.detach(), y=self.y.detach())
+
+
+def synthetic_loss(model: SASRec, batch: SyntheticBatch) -> Tensor:
+    """L_syn: cross-entropy of the soft targets over the subset, inputs being mixtures."""
+    features = model.features(batch.subset.items)
+    anchors, rows = torch.unique(batch.anchors, return_inverse=True)
+    anchor_features = model.features(anchors)[rows]
+    mixed = batch.p @ features + batch.own[..., None] * anchor_features
+    hidden = model.transform(mixed)[batch.mask]
+    return soft_cross_entropy(model.scores(hidden, features), batch.y)
+
+
+def real_loss(model: SASRec, batch: Batch, subset: Subset, teacher: SASRec) -> Tensor:
+    """L_real: cross-entropy from the full-data teacher to `model` on real windows, on the subset.
+
+    The windows' own items are embedded beside the subset; their number is bounded by the batch.
+    """
+    window_items, rows = torch.unique(batch.inputs, return_inverse=True)
+    with torch.no_grad():
+        known = teacher(rows, teacher.features(window_items))[batch.mask]
+        targets = teacher.scores(known, teacher.features(subset.items)).softmax(-1)
+    hidden = model(rows, model.features(window_items))[batch.mask]
+    return soft_cross_entropy(model.scores(hidden, model.features(subset.items)), targets)

@@ -1,0 +1,194 @@
+"""`SyntheticSequences`: the handful of sequences that a fresh recommender trains on.
+
+Every method that condenses the data returns this one type. A coreset holds real items and real
+next items; with a teacher's labels the next items become probabilities; FOSTER makes the inputs
+mixtures of items as well. Nothing grows with the catalogue: probabilities are kept as queries
+z, and item j's probability is a softmax over z · f(e_j), with item features
+f(e) = normalise(W e + b) of its text embedding e.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor
+
+from foster_lib.errors import FosterError
+from foster_lib.paths import write_atomically
+from foster_lib.training import Batch
+
+
+@dataclass(frozen=True)
+class SyntheticSequences:
+    """n sequences of at most L positions.
+
+    Attributes
+    ----------
+    items : (n, L) int64
+        Anchors: the real item that each position starts from (padding: 0).
+    mask : (n, L) bool
+        Positions that have a target; left-aligned.
+    targets : (n, L) int64
+        The real next item, the hard target where there are no labels.
+    weight, bias : (k, width of the encoder), (k,), optional
+        W and b of the item features f(e).
+    labels : (n, L, k), optional
+        z_y: the target at a position is y_j = softmax_j(z_y · f(e_j)).
+    queries, bonus : (n, L, k) and (n, L), optional
+        z_x and β: the input is the mixture p_j = softmax_j(z_x · f(e_j) + β·[j is the anchor]).
+    """
+
+    items: Tensor
+    mask: Tensor
+    targets: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    labels: Tensor | None = None
+    queries: Tensor | None = None
+    bonus: Tensor | None = None
+
+    @classmethod
+    def from_windows(cls, pieces: list[np.ndarray], length: int) -> SyntheticSequences:
+        """Real windows (of 2 … `length` + 1 items) with their real next items."""
+        items = torch.zeros(len(pieces), length, dtype=torch.long)
+        targets, mask = items.clone(), torch.zeros(len(pieces), length, dtype=torch.bool)
+        for row, piece in enumerate(pieces):
+            items[row, : len(piece) - 1] = torch.from_numpy(piece[:-1])
+            targets[row, : len(piece) - 1] = torch.from_numpy(piece[1:])
+            mask[row, : len(piece) - 1] = True
+        return cls(items, mask, targets)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    # --------------------------------------------------------------------- probabilities
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """f(e) = normalise(W e + b) of text embeddings (N, width): (N, k)."""
+        if self.weight is None:
+            raise FosterError("these sequences hold real items only, no item features.")
+        return F.normalize(embeddings @ self.weight.T + self.bias, dim=-1)
+
+    def input_probabilities(self, embeddings: Tensor) -> Tensor:
+        """p over the whole catalogue (|V|, width of the encoder): (n, L, |V|)."""
+        if self.queries is None:
+            return F.one_hot(self.items, len(embeddings)).float()
+        logits = self.queries @ self.features(embeddings).T
+        logits = logits.scatter_add(-1, self.items[..., None], self.bonus[..., None])
+        return logits.softmax(-1)
+
+    def target_probabilities(self, embeddings: Tensor) -> Tensor:
+        """y over the whole catalogue: (n, L, |V|)."""
+        if self.labels is None:
+            return F.one_hot(self.targets, len(embeddings)).float()
+        return (self.labels @ self.features(embeddings).T).softmax(-1)
+
+    # ---------------------------------------------------------------------- training data
+
+    def training_data(self, embeddings: Tensor) -> FullBatch:
+        """What `training.train` reads: all n sequences as one batch per epoch."""
+        inputs = self.items if self.queries is None else self.input_probabilities(embeddings)
+        if self.labels is None:
+            targets = self.targets[self.mask]
+        else:
+            targets = (self.labels[self.mask] @ self.features(embeddings).T).softmax(-1)
+        return FullBatch(Batch(inputs, targets, self.mask))
+
+    # --------------------------------------------------------------------------- reading
+
+    def decode(self, embeddings: Tensor, titles: list[str], top: int = 1) -> list[list[str]]:
+        """The most probable items of every position, as titles joined by " | "."""
+        best = self.input_probabilities(embeddings).topk(top, dim=-1).indices
+        return [
+            [" | ".join(titles[i] for i in position) for position, real in zip(row, mask) if real]
+            for row, mask in zip(best.tolist(), self.mask.tolist())
+        ]
+
+    def decode_targets(self, embeddings: Tensor, titles: list[str], top: int = 1) -> list[list[str]]:
+        """The most probable next items of every position, as titles joined by " | "."""
+        best = self.target_probabilities(embeddings).topk(top, dim=-1).indices
+        return [
+            [" | ".join(titles[i] for i in position) for position, real in zip(row, mask) if real]
+            for row, mask in zip(best.tolist(), self.mask.tolist())
+        ]
+
+    def size_in_bytes(self) -> int:
+        """Bytes that the tensors take on disk (without the JSON)."""
+        return sum(t.numel() * t.element_size() for t in self._stored().values())
+
+    # --------------------------------------------------------------------------- on disk
+
+    def _stored(self) -> dict[str, Tensor]:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        compact = {torch.float32: torch.float16, torch.int64: torch.int32}
+        return {name: t.to(compact.get(t.dtype, t.dtype)).contiguous() for name, t in tensors.items()}
+
+    def stored(self) -> SyntheticSequences:
+        """As they come back from the disk: probabilities' parameters rounded to half precision."""
+        return SyntheticSequences(**_restored(self._stored()))
+
+    def save(self, path: Path, description: dict | None = None) -> Path:
+        """Write `path` (safetensors, half precision) and beside it a JSON that describes it."""
+        path = Path(path).with_suffix(".safetensors")
+        data = save(self._stored())
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        text = {
+            "format": "foster synthetic sequences 1",
+            "sequences": len(self),
+            "length": self.items.shape[1],
+            "targets": int(self.mask.sum()),
+            "bytes": self.size_in_bytes(),
+            "tensors": {name: list(t.shape) for name, t in self._stored().items()},
+            **(description or {}),
+        }
+        write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(text, indent=1)))
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> SyntheticSequences:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FosterError
+            If the file is missing, damaged, or holds something else.
+        """
+        path = Path(path).with_suffix(".safetensors")
+        try:
+            tensors = load(path.read_bytes())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise FosterError(f"{path}: no readable synthetic sequences ({error}). Distil them again.") from error
+        known = {f.name for f in fields(cls)}
+        if not {"items", "mask", "targets"} <= tensors.keys() <= known:
+            raise FosterError(f"{path}: holds {sorted(tensors)}, not synthetic sequences. Distil them again.")
+        return cls(**_restored(tensors))
+
+    def to(self, device: str | torch.device) -> SyntheticSequences:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
+
+
+def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wide = {torch.float16: torch.float32, torch.int32: torch.int64}
+    return {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class FullBatch:
+    """Training data of one batch: an epoch is a step."""
+
+    batch: Batch
+
+    def steps(self) -> int:
+        return 1
+
+    def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
+        yield self.batch

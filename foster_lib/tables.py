@@ -1,0 +1,177 @@
+"""Tables and figures, made from manifests only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from foster_lib.evaluation import METRICS, paired_bootstrap
+from foster_lib.methods import METHODS, get_method
+from foster_lib.paths import write_atomically, write_text
+from foster_lib.records import read_ranks
+from foster_lib.runs import Run
+
+COLUMNS = [
+    "dataset", "split", "profile", "method", "sequences", "metric", "mean", "std", "runs", "ratio_to_full", "recovered_gain",
+]  # fmt: skip
+HEADLINE = ("ndcg@10", "recall@10")
+
+
+def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
+    """One row per data set, method and metric, mean and standard deviation over seeds.
+
+    `ratio_to_full` is the mean divided by full data's; `recovered_gain` is
+    (method − untrained) / (full − untrained). Both are empty where their reference was not run.
+    `sequences` is 0 for methods that condense nothing.
+    """
+    records = [
+        {
+            **{name: manifest[name] for name in ("dataset", "split", "profile", "method")},
+            "sequences": manifest.get("sequences", 0),
+            "metric": metric,
+            "value": manifest["test"][metric],
+        }
+        for manifest in manifests
+        for metric in METRICS
+    ]
+    keys = COLUMNS[:6]
+    frame = pd.DataFrame(records).groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    frame = frame.rename(columns={"count": "runs"})
+    group = ["dataset", "split", "profile", "metric"]
+    for reference in ("full", "untrained"):
+        values = frame[frame["method"] == reference].set_index(group)["mean"].rename(reference)
+        frame = frame.join(values, on=group)
+    frame["ratio_to_full"] = frame["mean"] / frame["full"]
+    gain = (frame["full"] - frame["untrained"]).replace(0, np.nan)
+    frame["recovered_gain"] = (frame["mean"] - frame["untrained"]) / gain
+    order = {method: place for place, method in enumerate(METHODS)}
+    frame["order"] = frame["method"].map(order)
+    return frame.sort_values(["dataset", "split", "order"], kind="stable")[COLUMNS].reset_index(drop=True)
+
+
+def per_user(runs: Iterable[Run], metric: str) -> dict[str, np.ndarray]:
+    """Test metric of each user, averaged over seeds, by method (of one data set)."""
+    collected: dict[str, list[np.ndarray]] = {}
+    for run in runs:
+        collected.setdefault(run.method, []).append(read_ranks(run.path).per_user(metric))
+    return {method: np.mean(values, axis=0) for method, values in collected.items()}
+
+
+def comparisons(runs: Iterable[Run], method: str = "foster", metric: str = "ndcg@10") -> pd.DataFrame:
+    """`method` against every other row by paired bootstrap over users (seeds averaged)."""
+    values = per_user(runs, metric)
+    rows = [
+        {"against": other, **paired_bootstrap(values[method], values[other])}
+        for other in values
+        if other != method and method in values
+    ]
+    return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "p_value", "cohens_d"])
+
+
+def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
+    """Table 2 of one data set as people read it: a row per method, formatted text."""
+    long = long_table(manifests).set_index(["method", "metric"])
+    compared = comparisons(runs).set_index("against")
+    rows = []
+    for method in dict.fromkeys(long.index.get_level_values("method")):
+        own = [manifest for manifest in manifests if manifest["method"] == method]
+        row = {"Method": get_method(method).title, "Sequences": str(long.loc[(method, "ndcg@10"), "sequences"] or "all")}
+        if method in ("untrained", "popularity"):
+            row["Sequences"] = "–"
+        for metric, title in zip(HEADLINE, ("NDCG@10", "Recall@10")):
+            cell = long.loc[(method, metric)]
+            spread = f" ± {cell['std']:.4f}" if cell["runs"] > 1 else ""
+            row[title] = f"{cell['mean']:.4f}{spread}"
+            # Empty where full data or the untrained model was not run.
+            row[f"{title} / full"] = "–" if pd.isna(cell["ratio_to_full"]) else f"{cell['ratio_to_full']:.3f}"
+            row[f"{title} gain"] = "–" if pd.isna(cell["recovered_gain"]) else f"{cell['recovered_gain']:.2f}"
+        if method in compared.index:
+            test = compared.loc[method]
+            mark = "*" if test["low"] > 0 or test["high"] < 0 else ""
+            row["FOSTER minus it, 95 %"] = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]{mark}"
+        else:
+            row["FOSTER minus it, 95 %"] = ""
+        row["Distil s"] = f"{np.mean([m['seconds']['distillation'] for m in own]):.0f}"
+        row["Train s"] = f"{np.mean([m['seconds']['training'] for m in own]):.0f}"
+        stored = [m["details"]["bytes"] for m in own if "bytes" in m["details"]]
+        row["KiB"] = f"{np.mean(stored) / 1024:.0f}" if stored else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_table2(runs: list[Run], folder: Path) -> Path:
+    """Write table2.csv, .md, .tex, .png and .pdf of finished runs; returns the Markdown's path."""
+    manifests = {run.path: run.manifest() for run in runs}
+    long = long_table(manifests.values())
+    write_atomically(folder / "table2.csv", lambda path: long.to_csv(path, index=False, float_format="%.6g"))
+    markdown, latex = ["# Table 2: test metrics, full-catalogue ranking", ""], []
+    for dataset in dict.fromkeys(run.settings.dataset for run in runs):
+        own = [run for run in runs if run.settings.dataset == dataset]
+        chosen = [manifests[run.path] for run in own]
+        table = readable_table(own, chosen)
+        first = chosen[0]
+        data = first["data"]
+        markdown += [
+            f"## {dataset}, {first['split']}, profile {first['profile']}",
+            "",
+            f"{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
+            f"Seeds: {', '.join(map(str, sorted({run.seed for run in own})))}.",
+            "",
+            table.to_markdown(index=False, disable_numparse=True),
+            "",
+            "Mean ± standard deviation over seeds. *gain*: (method − untrained) / (full − untrained). "
+            "*FOSTER minus it*: difference in NDCG@10 with its 95 % interval by paired bootstrap over users, "
+            "seeds averaged; * where the interval excludes 0. *Distil s*, *Train s*: one thread; "
+            "*Distil s* is on top of the full-data training whose teacher KD and FOSTER read.",
+            "",
+            "Hardware: " + "; ".join(sorted({f"{m['hardware']} ({m['device']})" for m in chosen})) + ".",
+            "",
+        ]
+        latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", _latex(table), ""]
+    write_text(folder / "table2.tex", "\n".join(latex))
+    figure = table2_figure(long)
+    for suffix in ("png", "pdf"):
+        write_atomically(folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=_no_date(suffix)))
+    plt.close(figure)
+    return write_text(folder / "table2.md", "\n".join(markdown))
+
+
+def table2_figure(long: pd.DataFrame) -> plt.Figure:
+    """NDCG@10 and Recall@10 of every method with the spread over seeds; full data as a line."""
+    use_style()
+    datasets = list(dict.fromkeys(long["dataset"]))
+    figure, axes = plt.subplots(
+        len(datasets), len(HEADLINE), figsize=(9, 0.9 + 2.6 * len(datasets)), squeeze=False, sharey="row", layout="constrained"
+    )
+    for row, dataset in zip(axes, datasets):
+        for axis, metric in zip(row, HEADLINE):
+            part = long[(long["dataset"] == dataset) & (long["metric"] == metric)]
+            place = np.arange(len(part))[::-1]
+            colours = ["C1" if method == "foster" else "C0" if method == "full" else "0.55" for method in part["method"]]
+            axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=colours, error_kw={"lw": 1, "capsize": 2})
+            axis.set_yticks(place, [get_method(method).title for method in part["method"]])
+            for reference in part.loc[part["method"] == "full", "mean"]:
+                axis.axvline(reference, color="C0", ls="--", lw=1)
+            axis.set_xlabel(f"{metric.upper().replace('RECALL', 'Recall')}, test ({dataset})")
+    return figure
+
+
+def use_style() -> None:
+    """One look for all figures: colour-blind-safe, readable in grey."""
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9, rc={"axes.grid.axis": "x", "pdf.fonttype": 42})
+
+
+def _latex(table: pd.DataFrame) -> str:
+    text = table.map(lambda cell: str(cell).replace("±", r"$\pm$").replace("–", "--").replace("−", "-").replace("%", r"\%"))
+    text.columns = [column.replace("%", r"\%") for column in text.columns]
+    return text.to_latex(index=False, escape=False, column_format="l" + "r" * (len(table.columns) - 1))
+
+
+def _no_date(suffix: str) -> dict:
+    """File metadata without a date, so that equal figures are equal files."""
+    return {"CreationDate": None} if suffix == "pdf" else {"Software": None}

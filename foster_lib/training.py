@@ -1,0 +1,226 @@
+"""One trainer for real and for synthetic sequences."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from foster_lib.encoder import fast_precision
+from foster_lib.errors import FosterError
+from foster_lib.sasrec import SASRec
+from foster_lib.splits import windows
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a recommender is trained.
+
+    epochs : passes over the data; batch_size : sequences; warmup : fraction of all steps with
+    rising learning rate, then cosine to zero; clip : largest gradient norm; validate_every :
+    epochs between validations, of which the best is kept; patience : validations without
+    improvement before training stops (0: never).
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    epochs: int = 30
+    batch_size: int = 64
+    warmup: float = 0.1
+    clip: float = 1.0
+    validate_every: int = 1
+    patience: int = 5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one gradient step reads.
+
+    Attributes
+    ----------
+    inputs : (B, L) int64 item indices, or (B, L, N) float mixtures of items
+    targets : (T,) int64 item indices, or (T, N) float probabilities
+    mask : (B, L) bool, the T positions that have a target
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
+
+
+class TrainingData(Protocol):
+    """Anything that yields the batches of an epoch."""
+
+    def steps(self) -> int: ...
+
+    def batches(self, generator: np.random.Generator) -> Iterable[Batch]: ...
+
+
+@dataclass(frozen=True)
+class RealSequences:
+    """Windows of real sequences, cut and shuffled anew each epoch, similar lengths together."""
+
+    sequences: list[np.ndarray]
+    length: int
+    batch_size: int
+
+    def steps(self) -> int:
+        return math.ceil(len(windows(self.sequences, self.length)) / self.batch_size)
+
+    def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
+        pieces = windows(self.sequences, self.length, generator)
+        order = generator.permutation(len(pieces))
+        bucket = 32 * self.batch_size
+        groups = []
+        for start in range(0, len(order), bucket):
+            part = sorted(order[start : start + bucket], key=lambda i: len(pieces[i]))
+            groups += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        for index in generator.permutation(len(groups)):
+            yield make_batch([pieces[i] for i in groups[index]])
+
+
+def make_batch(pieces: list[np.ndarray]) -> Batch:
+    """Left-align windows of items: inputs are all but the last item, targets all but the first."""
+    longest = max(map(len, pieces)) - 1
+    inputs = torch.zeros(len(pieces), longest, dtype=torch.long)
+    mask = torch.zeros(len(pieces), longest, dtype=torch.bool)
+    for row, piece in enumerate(pieces):
+        inputs[row, : len(piece) - 1] = torch.from_numpy(piece[:-1])
+        mask[row, : len(piece) - 1] = True
+    return Batch(inputs, torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])), mask)
+
+
+def sequence_loss(model: SASRec, batch: Batch, features: Tensor) -> Tensor:
+    """Mean cross-entropy of the next item over all items of `features` (full softmax)."""
+    hidden = model(batch.inputs, features)[batch.mask]
+    return soft_cross_entropy(model.scores(hidden, features), batch.targets)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """−Σ_j y_j log softmax(logits)_j, averaged; `targets` are indices (T,) or probabilities (T, N)."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+@dataclass
+class TrainLog:
+    """What happened: losses per epoch, validation figures by epoch, and the epoch that was kept."""
+
+    losses: list[float] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def train(
+    model: SASRec,
+    data: TrainingData,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    validate: Callable[[SASRec], float] | None = None,
+    on_epoch: Callable[[int, SASRec], None] | None = None,
+    device: str = "cpu",
+    progress: str = "",
+) -> TrainLog:
+    """Train `model` in place with AdamW; end with the weights that validated best.
+
+    Parameters
+    ----------
+    data : TrainingData
+        `RealSequences`, or the batches of `SyntheticSequences`.
+    seed : int
+        Of the order of the data; dropout and initial weights have the model's own generator.
+    validate : callable, optional
+        Higher is better. The weights before the first step take part, as epoch 0.
+    on_epoch : callable, optional
+        Called with the epoch and the model before training and after each epoch; records the
+        trajectory of checkpoints.
+    progress : str
+        Label of the progress bar; empty: no bar.
+
+    Raises
+    ------
+    FosterError
+        If the loss stops being finite.
+    """
+    start = time.perf_counter()
+    generator = np.random.default_rng(seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1]
+    rest = [p for p in parameters if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+    )
+    total = settings.epochs * data.steps()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, settings.warmup))
+    mixed = torch.device(device).type == "cuda" and fast_precision(device) == "bf16"
+    log, best, best_state = TrainLog(), -math.inf, None
+
+    def check(epoch: int) -> None:
+        nonlocal best, best_state
+        log.validation[epoch] = figure = validate(model)
+        if figure > best:
+            best, log.best_epoch = figure, epoch
+            best_state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    if on_epoch:
+        on_epoch(0, model)
+    if validate:
+        check(0)
+    bar = tqdm(total=total, desc=progress, unit="step", disable=not progress)
+    for epoch in range(1, settings.epochs + 1):
+        model.train()
+        losses = []
+        for batch in data.batches(generator):
+            batch = batch.to(device)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
+                loss = sequence_loss(model, batch, model.features())
+            if not torch.isfinite(loss):
+                raise FosterError(
+                    f"the loss is {loss.item()} at step {log.steps} (epoch {epoch}): training has diverged. "
+                    "Lower the learning rate or the clip."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            log.steps += 1
+            bar.update()
+        log.losses.append(float(torch.stack(losses).mean()))
+        if on_epoch:
+            on_epoch(epoch, model)
+        if validate and (epoch % settings.validate_every == 0 or epoch == settings.epochs):
+            check(epoch)
+            bar.set_postfix(loss=f"{log.losses[-1]:.3f}", validation=f"{log.validation[epoch]:.4f}")
+            waited = sum(e > log.best_epoch for e in log.validation)
+            if settings.patience and waited >= settings.patience:
+                break
+    bar.close()
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    model.eval()
+    log.seconds = time.perf_counter() - start
+    return log
+
+
+def warmup_cosine(step: int, total: int, warmup: float) -> float:
+    """Learning-rate factor: linear rise over `warmup`·total steps, then cosine to zero."""
+    rise = max(1.0, warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))

@@ -1,0 +1,206 @@
+"""FOSTER's three parts against closed forms, naive loops and the full computation."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from foster_lib import coresets
+from foster_lib.errors import FosterError
+from foster_lib.foster import (
+    FosterSettings,
+    InnerModel,
+    Subset,
+    Synthesizer,
+    cooccurrence_regulariser,
+    distill,
+    outer_model,
+    sample_subset,
+    subset_inputs,
+    synthetic_gradient,
+    synthetic_loss,
+)
+
+FAST = FosterSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3, outer_steps=2)
+
+
+@pytest.fixture
+def synthetic(task):
+    return Synthesizer(coresets.kd(task, 3, seed=0), task.embeddings, FAST)
+
+
+def test_subset_is_uniform_sorted_and_without_repeats():
+    generator = np.random.default_rng(0)
+    counts = np.zeros(20)
+    for _ in range(3000):
+        items = sample_subset(20, 5, generator).items.numpy()
+        assert (np.diff(items) > 0).all()
+        counts[items] += 1
+    assert abs(counts / 3000 - 0.25).max() < 0.04
+
+
+def test_subset_of_all_items_equals_the_full_softmax(task, synthetic):
+    """Inputs, targets and the loss over N = |V| items are those of the whole catalogue."""
+    everything = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
+    batch = synthetic.batch(everything)
+    result = synthetic.result()
+    p = batch.p.scatter_add(-1, result.items[..., None], batch.own[..., None])
+    torch.testing.assert_close(p, result.input_probabilities(task.embeddings))
+    torch.testing.assert_close(batch.y, result.target_probabilities(task.embeddings)[result.mask])
+    model = task.new_model(1).eval()
+    features = model.features()
+    hidden = model(result.input_probabilities(task.embeddings), features)[result.mask]
+    full = -(batch.y * model.scores(hidden, features).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(synthetic_loss(model, batch), full)
+
+
+def test_subset_correction_estimates_the_full_probability_of_the_anchor(synthetic, task):
+    """The weight |V|/N makes the subset's partition sum unbiased: its mean is the full sum."""
+    generator = np.random.default_rng(0)
+    start, f = synthetic.start, synthetic.f
+    own = ((synthetic.z_x * f[start.items]).sum(-1) + synthetic.bonus).exp()
+
+    def partition(size):
+        subset = sample_subset(task.n_items, size, generator)
+        _, p = subset_inputs(synthetic.z_x, synthetic.bonus, start.items, subset, f[subset.items], f[start.items])
+        return (own / p).detach()
+
+    full = partition(task.n_items)
+    mean = torch.stack([partition(10) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, full, rtol=0.02, atol=0)
+
+
+def test_only_the_subset_and_the_anchors_are_embedded(task, synthetic):
+    """No step asks the catalogue for all items."""
+    asked = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, items=None):
+            asked.append(None if items is None else len(items))
+            return self.inner(items)
+
+    model = task.new_model(0)
+    model.catalogue = Watched(model.catalogue)
+    synthetic_loss(model, synthetic.batch(sample_subset(task.n_items, 8, np.random.default_rng(0))))
+    assert None not in asked and asked[0] == 8
+
+
+def test_reset_restores_identical_weights_and_forgets_the_optimiser(task, synthetic):
+    inner = InnerModel(task.new_model(0), FAST)
+    checkpoint = task.trajectory[1]
+    batch = synthetic.batch(sample_subset(task.n_items, 20, np.random.default_rng(0))).detached()
+    inner.reset(checkpoint)
+    inner.fit(batch)
+    assert not all(torch.equal(inner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
+    inner.reset(checkpoint)
+    assert all(torch.equal(inner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
+    assert inner.steps == 0 and not inner.optimizer.state
+
+
+def test_outer_model_moves_by_the_given_length_and_lowers_the_real_loss(task, synthetic):
+    inner = InnerModel(task.new_model(0), FAST)
+    subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
+    inner.fit(synthetic.batch(subset).detached())
+    goal = task.teacher.features().detach()
+
+    def real_loss(model):
+        return ((model.features() - goal) ** 2).sum()
+
+    settings = FosterSettings(outer_steps=1, outer_step_size=0.01)
+    before = [p.detach().clone() for p in inner.model.parameters()]
+    theta = task.new_model(5)
+    full_loss = lambda model: real_loss(model) + 0.0 * sum(p.sum() for p in model.parameters())  # noqa: E731
+    outer_model(theta, inner, full_loss, settings)
+    moved = torch.stack([(p - b).norm() for p, b in zip(theta.parameters(), before)]).norm()
+    torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-3, atol=0)
+    assert float(real_loss(theta)) < float(real_loss(inner.model))
+
+
+def test_synthetic_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
+    """Also a finite-difference check of ∂J/∂S in one random direction."""
+    batch_of = lambda: synthetic.batch(Subset(torch.arange(task.n_items), 1.0))  # noqa: E731
+    theta, phi = task.teacher, task.new_model(3).eval()
+    gradients, gap, _ = synthetic_gradient(synthetic, batch_of(), theta, phi, weight=0)
+    direction = torch.randn(synthetic.z_y.shape, generator=torch.Generator().manual_seed(0))
+    base = synthetic.z_y.detach().clone()
+    values = []
+    for sign in (1, -1):
+        synthetic.z_y.data = base + sign * 1e-2 * direction
+        batch = batch_of()
+        values.append(float(synthetic_loss(theta, batch) - synthetic_loss(phi, batch)))
+    synthetic.z_y.data = base
+    assert abs((values[0] - values[1]) / 2e-2 - float((gradients[2] * direction).sum())) < 2e-3
+    batch = batch_of()
+    assert gap == pytest.approx(float(synthetic_loss(theta, batch) - synthetic_loss(phi, batch)), abs=1e-6)
+
+
+def test_regulariser_against_loops():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(7, 5, generator=generator, dtype=torch.float64).softmax(-1)
+    y = torch.rand(7, 5, generator=generator, dtype=torch.float64).mul(4).softmax(-1)
+    text = F.normalize(torch.randn(5, 3, generator=generator, dtype=torch.float64), dim=-1)
+    similarity = text @ text.T
+    total = 0.0
+    for i in range(5):
+        near = sorted((j for j in range(5) if j != i), key=lambda j: -similarity[i, j])[:2]
+        weights = np.exp([float(similarity[i, j]) / 0.1 for j in near])
+        q = {k: sum(p[t, k] * y[t] for t in range(7)) / p[:, k].sum() for k in (i, *near)}
+        for j, w in zip(near, weights / weights.sum()):
+            total += w * (1 - float((q[i].sqrt() * q[j].sqrt()).sum()))
+    assert float(cooccurrence_regulariser(p, y, similarity, 2, 0.1)) == pytest.approx(total / 5, abs=1e-9)
+
+
+def test_regulariser_pulls_items_of_identical_text_to_identical_conditionals():
+    """Two items share their text; descending L_r alone makes what follows them alike."""
+    generator = torch.Generator().manual_seed(0)
+    z_p = torch.randn(12, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    z_y = torch.randn(12, 6, generator=generator, dtype=torch.float64).mul(2).requires_grad_()
+    text = F.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=-1)
+    text[1] = text[0]
+
+    def distance():
+        p, y = z_p.softmax(-1), z_y.softmax(-1)
+        q = (p.T @ y) / p.sum(0)[:, None]
+        return float((q[0] - q[1]).abs().sum())
+
+    before = distance()
+    optimizer = torch.optim.Adam([z_p, z_y], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        cooccurrence_regulariser(z_p.softmax(-1), z_y.softmax(-1), text @ text.T, 1, 0.05).backward()
+        optimizer.step()
+    assert before > 0.1 and distance() < 0.1 * before
+
+
+def test_distilling_starts_at_the_teachers_labels_and_is_reproducible(task):
+    start = coresets.kd(task, 3, seed=0)
+    first, history = distill(task, start, FAST, seed=0)
+    second, _ = distill(task, start, FAST, seed=0)
+    other, _ = distill(task, start, FAST, seed=1)
+    assert torch.equal(first.labels, second.labels) and torch.equal(first.queries, second.queries)
+    assert not torch.equal(first.labels, other.labels)
+    assert len(history["gap"]) == FAST.iterations
+    none, _ = distill(task, start, FosterSettings(iterations=0), seed=0)
+    assert torch.equal(none.labels, start.labels)
+
+
+def test_distillation_lowers_the_gap_of_the_same_models(task):
+    """With θ the teacher and φ an untrained model held fixed, steps on S lower J."""
+    synthetic = Synthesizer(coresets.kd(task, 3, seed=0), task.embeddings, FAST)
+    subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
+    theta, phi = task.teacher, task.new_model(3).eval()
+    gaps = []
+    for i in range(30):
+        gradients, gap, _ = synthetic_gradient(synthetic, synthetic.batch(subset), theta, phi, weight=0)
+        synthetic.step(gradients, 0.3)
+        gaps.append(gap)
+    assert gaps[-1] < gaps[0] - 1e-3
+
+
+def test_distilling_without_labels_is_refused(task):
+    with pytest.raises(FosterError, match="labelled"):
+        distill(task, coresets.random(task, 3, seed=0), FAST, seed=0)

@@ -1,0 +1,171 @@
+"""Profiles, runs, manifests and tables on the tiny data set."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import foster_lib.records as records
+from foster_lib.config import (
+    EncoderSettings,
+    Settings,
+    StudentSettings,
+    build,
+    load_profile,
+)
+from foster_lib.errors import FosterError
+from foster_lib.execution import execute, resolve_device
+from foster_lib.methods import METHODS
+from foster_lib.paths import write_atomically
+from foster_lib.records import code_fingerprint
+from foster_lib.runs import Run, load_catalogue, load_once
+from foster_lib.synthetic import SyntheticSequences
+from foster_lib.tables import COLUMNS, long_table, write_table2
+from foster_lib.training import TrainSettings
+from tests.conftest import SMALL, make_tables, write_tables
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """A profile for the tiny data set; results go to the test's own folder."""
+    monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
+    monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
+    write_tables(tmp_path, *make_tables())
+    load_once.cache_clear()
+    load_catalogue.cache_clear()
+    return Settings(
+        dataset="toy",
+        profile="cpu",
+        split="leave-one-out",
+        sequences=4,
+        encoder=EncoderSettings("tiny"),
+        model=SMALL,
+        full=TrainSettings(learning_rate=1e-2, epochs=3, batch_size=16),
+        student=StudentSettings(epochs=4, validate_every=2),
+        methods={"foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1}},
+    )
+
+
+def quiet(line):
+    pass
+
+
+def test_every_row_of_table_2_runs_and_makes_its_table(settings, tmp_path):
+    runs = [Run(settings, method, seed) for method in METHODS for seed in (0, 1)]
+    manifests = execute(runs, say=quiet, progress=False)
+    assert [m["method"] for m in manifests] == [run.method for run in runs]
+    for manifest in manifests:
+        assert 0 <= manifest["test"]["ndcg@10"] <= 1 and manifest["data"]["users"] == 60
+        assert manifest["hardware"] and manifest["peak_memory_mib"] > 0 and len(manifest["data"]["sha256"]) == 2
+    kept = SyntheticSequences.load(next(r for r in runs if r.method == "foster").distilled_path)
+    assert len(kept) == 4 and kept.labels is not None
+
+    write_table2(runs, tmp_path / "table2")
+    table = pd.read_csv(tmp_path / "table2" / "table2.csv")
+    assert list(table.columns) == COLUMNS
+    assert set(table["method"]) == set(METHODS) and len(table) == len(METHODS) * 7
+    full = table[table["method"] == "full"]
+    assert (full["ratio_to_full"] == 1).all()
+    values = [m["test"]["ndcg@10"] for m in manifests if m["method"] == "random"]
+    row = table[(table["method"] == "random") & (table["metric"] == "ndcg@10")].iloc[0]
+    assert row["mean"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert row["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4) and row["runs"] == 2
+    text = (tmp_path / "table2" / "table2.md").read_text()
+    assert "FOSTER" in text and "cores (cpu)" in text
+    for suffix in ("tex", "png", "pdf"):
+        assert (tmp_path / "table2" / f"table2.{suffix}").stat().st_size > 500
+
+
+def test_finished_runs_are_reused_and_damaged_ones_made_again(settings):
+    runs = [Run(settings, "random", 0), Run(settings, "popularity", 0)]
+    first = execute(runs, say=quiet, progress=False)
+    said = []
+    assert execute(runs, say=said.append, progress=False) == first
+    assert said[0].startswith("2 of 2 runs are reused") and len(said) == 1
+    runs[0].path.write_text(runs[0].path.read_text()[:50])
+    runs[1].path.with_suffix(".parquet").unlink()
+    again = execute(runs, say=quiet, progress=False)
+    assert [m["test"] for m in again] == [m["test"] for m in first]
+    assert not list(runs[0].path.parent.glob(".*"))
+
+
+def test_results_do_not_depend_on_jobs(settings):
+    runs = [Run(settings, method, 0) for method in ("full", "kd", "foster", "k-center")]
+    serial = execute(runs, jobs=1, say=quiet, progress=False)
+    parallel = execute(runs, jobs=2, fresh=True, say=quiet, progress=False)
+    assert [m["test"] for m in serial] == [m["test"] for m in parallel]
+    assert [m["validation"] for m in serial] == [m["validation"] for m in parallel]
+
+
+def test_the_key_holds_what_the_result_depends_on_and_no_more(settings):
+    def key(method, **changes):
+        return Run(replace(settings, **changes), method, 0).key
+
+    student = replace(settings.student, epochs=5)
+    full = replace(settings.full, epochs=5)
+    assert key("random") != key("random", student=student) and key("full") == key("full", student=student)
+    assert key("kd") != key("kd", full=full) and key("random") == key("random", full=full)
+    assert key("random") != key("random", sequences=5) and key("popularity") == key("popularity", sequences=5)
+    assert key("foster") != key("foster", methods={"foster": {"iterations": 3}})
+    assert key("random") == key("random", methods={"foster": {"iterations": 3}})
+
+
+def test_code_fingerprint_sees_code_and_not_comments(tmp_path, monkeypatch):
+    def fingerprint(text):
+        records._code_of.cache_clear()
+        monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+        monkeypatch.setattr(records, "CORE_MODULES", ("core",))
+        (tmp_path / "core.py").write_text(text)
+        return code_fingerprint()
+
+    plain = fingerprint('def f(x):\n    """Say."""\n    return x + 1\n')
+    assert plain == fingerprint('def f(x):\n    """Say more."""\n    # why\n    return x + 1\n')
+    assert plain != fingerprint('def f(x):\n    """Say."""\n    return x + 2\n')
+    records._code_of.cache_clear()
+
+
+def test_profiles_extend_each_other_and_refuse_unknown_keys():
+    quick, cpu = load_profile("quick").settings("ml-100k"), load_profile("cpu").settings("ml-100k")
+    assert replace(quick, profile="cpu") == cpu
+    assert load_profile("cpu").settings("foods").model.width != 0
+    with pytest.raises(FosterError, match="unknown profile 'cqu'.*Did you mean 'cpu'"):
+        load_profile("cqu")
+    with pytest.raises(FosterError, match="'epoch'.*Did you mean 'epochs'"):
+        build(TrainSettings, {"epoch": 3}, "test")
+    with pytest.raises(FosterError, match="must be a number"):
+        build(TrainSettings, {"learning_rate": "1e-3"}, "test")
+
+
+def test_unknown_method_parameter_and_device_are_refused(settings):
+    with pytest.raises(FosterError, match="unknown method 'foser'.*Did you mean 'foster'"):
+        execute([Run(settings, "foser", 0)])
+    wrong = replace(settings, methods={"foster": {"iteration": 3}})
+    with pytest.raises(FosterError, match="'iteration'.*Did you mean 'iterations'"):
+        execute([Run(wrong, "foster", 0)])
+    with pytest.raises(FosterError, match="device"):
+        resolve_device("gpu")
+
+
+def test_table_without_references_has_empty_ratios(settings):
+    table = long_table(execute([Run(settings, "popularity", 0)], say=quiet, progress=False))
+    assert table["ratio_to_full"].isna().all() and table["recovered_gain"].isna().all()
+
+
+def test_a_failing_writer_leaves_nothing_behind(tmp_path):
+    def write(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "folder" / "file.json"
+    with pytest.raises(FosterError, match="No space left on device"):
+        write_atomically(target, write)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_manifests_are_plain_json(settings):
+    execute([Run(settings, "untrained", 0)], say=quiet, progress=False)
+    manifest = json.loads(Run(settings, "untrained", 0).path.read_text())
+    assert manifest["schema"] == 1 and set(manifest["packages"]) >= {"torch", "transformers"}
+    assert manifest["data"]["interactions"] > 0 and "git" in manifest

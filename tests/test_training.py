@@ -1,0 +1,294 @@
+"""Batches, losses, the schedule, and the trainer's promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from foster_lib.errors import FosterError
+from foster_lib.sasrec import build_model
+from foster_lib.synthetic import FullBatch
+from foster_lib.training import (
+    Batch,
+    RealSequences,
+    TrainSettings,
+    make_batch,
+    sequence_loss,
+    soft_cross_entropy,
+    train,
+    warmup_cosine,
+)
+from tests.conftest import SMALL
+
+QUICK = TrainSettings(learning_rate=1e-2, epochs=3, patience=0)
+
+
+@pytest.fixture
+def model(catalogue):
+    return build_model(catalogue, SMALL, seed=0)
+
+
+@pytest.fixture
+def data(split):
+    return RealSequences(split.train, SMALL.length, batch_size=16)
+
+
+def copy_state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -------------------------------------------------------------------------------- batches
+
+
+def test_make_batch_is_left_aligned():
+    """Oldest item at position 0, zeros behind, targets in the order in which the mask reads them."""
+    batch = make_batch([np.array([7, 3, 9, 4]), np.array([5, 6])])
+    assert batch.inputs.tolist() == [[7, 3, 9], [5, 0, 0]]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.targets.tolist() == [3, 9, 4, 6]
+
+
+def test_an_epoch_reads_every_transition_once(split, data):
+    """All (input, target) pairs of the sequences, in batches of at most 16 windows of at most L."""
+    expected = sorted(pair for s in split.train for pair in zip(s[:-1].tolist(), s[1:].tolist()))
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        found = []
+        for batch in data.batches(generator):
+            assert len(batch.inputs) <= 16 and batch.inputs.shape[1] <= SMALL.length
+            found += zip(batch.inputs[batch.mask].tolist(), batch.targets.tolist())
+        assert sorted(found) == expected
+
+
+def test_epochs_differ_and_seeds_repeat(data):
+    """Two epochs have another order, the same seed has the same."""
+    generator = np.random.default_rng(0)
+    first, second = ([b.targets.tolist() for b in data.batches(generator)] for _ in range(2))
+    assert first != second
+    assert [b.targets.tolist() for b in data.batches(np.random.default_rng(0))] == first
+
+
+def test_steps_counts_the_batches_of_short_sequences():
+    """Where no sequence is longer than a window, `steps` is the exact number of batches."""
+    data = RealSequences([np.arange(5)] * 33, length=6, batch_size=16)
+    assert data.steps() == 3 == len(list(data.batches(np.random.default_rng(0))))
+
+
+# ----------------------------------------------------------------------------------- loss
+
+
+def test_sequence_loss_equals_naive_cross_entropy(model, data):
+    """Mean over the positions with a target of −log softmax over all items, in float64."""
+    model.eval()
+    batch = next(iter(data.batches(np.random.default_rng(0))))
+    features = model.features()
+    logits = model.scores(model(batch.inputs, features), features).detach().double().numpy()
+    losses, targets = [], iter(batch.targets.tolist())
+    for row in range(len(batch.inputs)):
+        for position in range(batch.inputs.shape[1]):
+            if batch.mask[row, position]:
+                z = logits[row, position]
+                losses.append(math.log(sum(math.exp(v) for v in z)) - z[next(targets)])
+    assert next(targets, None) is None
+    assert sequence_loss(model, batch, features).item() == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_soft_cross_entropy_equals_its_formula():
+    """−Σ y log softmax, averaged, and its gradient (softmax − y) / T."""
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(6, 9)) * 3, rng.dirichlet(np.ones(9), size=6)
+    logits = torch.tensor(z, dtype=torch.float32, requires_grad=True)
+    loss = soft_cross_entropy(logits, torch.tensor(y, dtype=torch.float32))
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    assert loss.item() == pytest.approx(-(y * np.log(p)).sum(1).mean(), abs=1e-5)
+    loss.backward()
+    np.testing.assert_allclose(logits.grad.numpy(), (p - y) / 6, atol=1e-6)
+
+
+def test_one_hot_targets_equal_indices(model, data):
+    """Soft targets that are one-hot, and inputs that are one-hot, give the hard loss and its gradient."""
+    model.eval()
+    hard = next(iter(data.batches(np.random.default_rng(1))))
+    n = model.catalogue.n_items
+    one_hot = torch.nn.functional.one_hot
+    soft = Batch(one_hot(hard.inputs, n).float(), one_hot(hard.targets, n).float(), hard.mask)
+    gradients = []
+    for batch in (hard, soft):
+        model.zero_grad()
+        loss = sequence_loss(model, batch, model.features())
+        loss.backward()
+        gradients.append((loss.detach(), *(p.grad.clone() for p in model.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_does_not_change_the_loss(model):
+    """A batch with a longer companion has the mean of the parts' losses, weighted by their targets."""
+    model.eval()
+    a, b = np.array([1, 2, 3]), np.array([9, 8, 7, 6, 5, 4])
+    both, alone_a, alone_b = (
+        sequence_loss(model, make_batch(pieces), model.features()).item() for pieces in ([a, b], [a], [b])
+    )
+    assert both == pytest.approx((2 * alone_a + 5 * alone_b) / 7, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------- schedule
+
+
+def test_warmup_cosine_closed_form():
+    """(step + 1) / rise, then ½(1 + cos π·progress), then zero; no warm-up still gives a first step of 1."""
+    factors = [warmup_cosine(step, 100, 0.1) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[40] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+    assert factors[100] == pytest.approx(0.0)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    assert warmup_cosine(150, 100, 0.1) == pytest.approx(0.0)
+    assert warmup_cosine(0, 10, 0.0) == 1.0
+    assert warmup_cosine(0, 1, 0.1) == 1.0
+
+
+def test_learning_rate_follows_the_schedule(model, data, monkeypatch):
+    """The optimizer sees learning_rate × warmup_cosine at every step, and decays matrices only."""
+    seen, groups = [], []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *rest, **named):
+            seen.append([group["lr"] for group in self.param_groups])
+            groups[:] = self.param_groups
+            return super().step(*rest, **named)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    log = train(model, data, replace(QUICK, weight_decay=0.3), seed=0)
+    total = QUICK.epochs * data.steps()
+    expected = [QUICK.learning_rate * warmup_cosine(step, total, QUICK.warmup) for step in range(log.steps)]
+    assert len(seen) == log.steps
+    np.testing.assert_allclose(seen, np.array([expected, expected]).T, atol=1e-12)
+    for group in groups:
+        assert group["weight_decay"] == (0.3 if group["params"][0].dim() > 1 else 0.0)
+        assert len({p.dim() > 1 for p in group["params"]}) == 1
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_gradients_are_clipped(model, data, monkeypatch):
+    """No step sees a gradient longer than `clip`."""
+    norms = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *rest, **named):
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+            return super().step(*rest, **named)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    train(model, data, replace(QUICK, epochs=1, clip=0.01), seed=0)
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------- trainer
+
+
+def test_training_learns(model, data, task):
+    """On sequences that follow a ring the loss halves and the next item is mostly found."""
+    before = task.validate(model)
+    log = train(model, data, replace(QUICK, epochs=30), seed=0, validate=task.validate)
+    assert log.losses[-1] < 0.5 * log.losses[0]
+    assert log.validation[0] == before
+    assert task.validate(model) == max(log.validation.values()) > max(2 * before, 0.5)
+    assert len(log.losses) == 30 and log.steps >= 30 * data.steps() and log.seconds > 0
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("figures", "best"), [([0.1, 0.2, 0.5, 0.3], 2), ([0.9, 0.2, 0.5, 0.3], 0), ([0.1, 0.2, 0.2, 0.2], 1)]
+)
+def test_best_weights_are_kept(model, data, figures, best):
+    """The weights of the (first) best validation come back, those before training included."""
+    states = {}
+    script = iter(figures)
+    log = train(
+        model,
+        data,
+        QUICK,
+        seed=0,
+        validate=lambda m: next(script),
+        on_epoch=lambda epoch, m: states.update({epoch: copy_state(m)}),
+    )
+    assert log.best_epoch == best
+    assert log.validation == dict(enumerate(figures))
+    assert sorted(states) == [0, 1, 2, 3]
+    assert same(copy_state(model), states[best])
+    assert not same(states[0], states[1]) and not same(states[2], states[3])
+
+
+def test_without_validation_the_last_weights_stay(model, data):
+    """No validation: nothing is put back."""
+    states = {}
+    log = train(model, data, QUICK, seed=0, on_epoch=lambda epoch, m: states.update({epoch: copy_state(m)}))
+    assert same(copy_state(model), states[3])
+    assert log.validation == {}
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 1), (2, 2), (3, 3), (0, 6)])
+def test_early_stopping(model, data, patience, epochs):
+    """After `patience` validations without improvement training ends; 0 never stops."""
+    figures = iter(range(100, 0, -1))
+    settings = replace(QUICK, epochs=6, patience=patience)
+    log = train(model, data, settings, seed=0, validate=lambda m: float(next(figures)))
+    assert len(log.losses) == epochs
+
+
+def test_early_stopping_counts_from_the_last_improvement(model, data):
+    """An improvement sets the count back."""
+    figures = iter([0.1, 0.0, 0.2, 0.1, 0.1, 0.9])
+    log = train(model, data, replace(QUICK, epochs=8, patience=2), seed=0, validate=lambda m: next(figures))
+    assert (log.best_epoch, len(log.losses)) == (2, 4)
+
+
+def test_validation_interval(model, data):
+    """Every second epoch and the last are validated."""
+    log = train(model, data, replace(QUICK, epochs=5, validate_every=2), seed=0, validate=lambda m: 0.0)
+    assert list(log.validation) == [0, 2, 4, 5]
+
+
+def test_two_runs_are_bit_identical(catalogue, data):
+    """Equal seeds give equal bits, dropout included, whatever the global random states; other seeds do not."""
+    states, logs = [], []
+    for run, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(run)
+        np.random.seed(run)
+        model = build_model(catalogue, SMALL, seed=0)
+        logs.append(train(model, data, QUICK, seed=seed))
+        states.append(copy_state(model))
+    assert same(states[0], states[1]) and logs[0].losses == logs[1].losses
+    assert not same(states[0], states[2])
+
+
+def test_not_finite_loss_raises(model, data):
+    """A NaN in the weights ends training with one clear error."""
+    with torch.no_grad():
+        model.positions[0, 0] = math.nan
+    with pytest.raises(FosterError, match=r"the loss is nan at step 0 \(epoch 1\): training has diverged"):
+        train(model, data, QUICK, seed=0)
+
+
+def test_soft_synthetic_batch_trains(model):
+    """A single batch of probabilities is fitted: the same trainer reads real and synthetic data."""
+    generator = torch.Generator().manual_seed(0)
+    n = model.catalogue.n_items
+    inputs = torch.rand(4, 6, n, generator=generator).pow(20)
+    mask = torch.arange(6).expand(4, 6) < torch.tensor([6, 3, 1, 5])[:, None]
+    targets = (6 * torch.randn(15, n, generator=generator)).softmax(-1)
+    data = FullBatch(Batch(inputs / inputs.sum(-1, keepdim=True), targets, mask))
+    log = train(model, data, replace(QUICK, epochs=60), seed=0)
+    assert log.steps == 60
+    assert log.losses[-1] < 0.6 * log.losses[0]
