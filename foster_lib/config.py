@@ -108,7 +108,9 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
     for key, value in values.items():
         check_known(key, known, f"setting in {where}:")
         default = known[key].default
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float, str if key == "tuned_layers" else int)):
+        if isinstance(default, (int, float)) and not isinstance(
+            value, (int, float, str if key == "tuned_layers" else int)
+        ):
             raise FosterError(f"{where}: {key} must be a number, not {value!r} (write 1.0e-3, not 1e-3, in YAML).")
     return cls(**values)
 

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
+from foster_lib.errors import FosterError
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
 
 def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows drawn uniformly without replacement."""
+    _check_budget(task, sequences)
     chosen = np.random.default_rng(seed).choice(len(task.windows), size=sequences, replace=False)
     return _select(task, chosen)
 
@@ -28,12 +30,14 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     Distance is Euclidean between mean hidden states of the untrained, warm-started model; the
     first window is drawn at random.
     """
+    _check_budget(task, sequences)
     points = task.hidden_means(task.new_model(seed).eval(), task.windows)
     return _select(task, farthest_points(points, sequences, seed))
 
 
 def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
+    _check_budget(task, sequences)
     points = task.hidden_means(task.teacher, task.windows)
     centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
     return _select(task, nearest_points(points, centroids))
@@ -49,7 +53,8 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """Replace hard next items by the teacher's probabilities, y = softmax(s·h · f(e)).
 
     The teacher's hidden states, times its scale, are the label queries and its adapter gives the
-    item features, so the labels are exact and their size does not depend on the catalogue.
+    item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are
+    taken before tuning) and their size does not depend on the catalogue.
     """
     teacher = task.teacher
     hidden = teacher(chosen.items.to(task.device), teacher.features())
@@ -59,6 +64,11 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
         bias=teacher.adapter.bias.detach().cpu().clone(),
         labels=(teacher.log_scale.exp() * hidden).cpu(),
     )
+
+
+def _check_budget(task: Task, sequences: int) -> None:
+    if not 0 < sequences <= len(task.windows):
+        raise FosterError(f"{sequences} sequences cannot be chosen from {len(task.windows)} training windows.")
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 Two sources share one normalised form, two tables:
 
 * ``items``: ``item_id``, ``title`` and further text columns;
-* ``interactions``: ``user_id``, ``item_id``, ``timestamp`` (non-negative integers; any unit,
+* ``interactions``: ``user_id``, ``item_id``, ``timestamp`` (non-negative numbers; any unit,
   only the order is used).
 
 ``ml-100k`` arrives with the pip package ``recbole``; every other name is a folder with
@@ -40,7 +40,7 @@ class Dataset:
     user_ids : list of str, length |U|
     sequences : list of int64 arrays, length |U|
         Item indices (0 … |V|−1), oldest first.
-    timestamps : list of int64 arrays, length |U|
+    timestamps : list of int64 (or float) arrays, length |U|
         Time of each interaction, same shapes as `sequences`.
     sha256 : dict of str to str
         Checksums of the files that were read.
@@ -138,9 +138,7 @@ def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
     return interactions
 
 
-def _assemble(
-    name: str, items: pd.DataFrame, interactions: pd.DataFrame, sha256: dict[str, str]
-) -> Dataset:
+def _assemble(name: str, items: pd.DataFrame, interactions: pd.DataFrame, sha256: dict[str, str]) -> Dataset:
     """Number users and items by first appearance in the files, order each user by time.
 
     The sort is stable: interactions with equal timestamps keep the order of the file, so the
@@ -149,7 +147,7 @@ def _assemble(
     used = items[items["item_id"].isin(interactions["item_id"].unique())]
     index_of = pd.Series(np.arange(len(used)), index=used["item_id"])
     users, user_ids = pd.factorize(interactions["user_id"])
-    time = interactions["timestamp"].to_numpy(np.int64)
+    time = interactions["timestamp"].to_numpy()
     item = index_of[interactions["item_id"]].to_numpy(np.int64)
     order = np.lexsort((time, users))  # lexsort is stable, its last key is the first criterion
     ends = np.cumsum(np.bincount(users))[:-1]
@@ -196,9 +194,7 @@ def _read_movielens() -> tuple[pd.DataFrame, pd.DataFrame, tuple[Path, Path]]:
     return items, interactions[["user_id", "item_id", "timestamp"]], files
 
 
-def _read_parquet(
-    name: str, data_root: str | Path | None
-) -> tuple[pd.DataFrame, pd.DataFrame, tuple[Path, Path]]:
+def _read_parquet(name: str, data_root: str | Path | None) -> tuple[pd.DataFrame, pd.DataFrame, tuple[Path, Path]]:
     root = data_root or os.environ.get("FOSTER_DATA")
     if not root:
         raise FosterError(
@@ -249,9 +245,7 @@ def _validated_items(items: pd.DataFrame, path: Path, text_fields: tuple[str, ..
     twice = items["item_id"].duplicated()
     if twice.any():
         row = _first(twice)
-        raise FosterError(
-            f"{path}, row {row}: item_id '{items['item_id'][row]}' appears twice. Keep one row per item."
-        )
+        raise FosterError(f"{path}, row {row}: item_id '{items['item_id'][row]}' appears twice. Keep one row per item.")
     parts = [
         items[column].fillna("").astype(str).map(html.unescape).str.strip()
         for column in text_fields
@@ -290,7 +284,7 @@ def _validated_interactions(
         {
             "user_id": interactions["user_id"].astype(str),
             "item_id": interactions["item_id"].astype(str),
-            "timestamp": time.astype(np.int64),
+            "timestamp": time.astype(np.int64) if (time % 1 == 0).all() else time.astype(float),
         }
     )
     unknown = ~interactions["item_id"].isin(items["item_id"])

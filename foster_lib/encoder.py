@@ -7,6 +7,7 @@ difference from the recommender: it maps item indices to text embeddings.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -230,14 +231,23 @@ class TunedCatalogue(nn.Module):
             hidden = output[0] if isinstance(output, tuple) else output
         return _masked_mean(hidden, mask)
 
+    def __deepcopy__(self, memo: dict) -> TunedCatalogue:
+        """A copy whose layers learn on their own; what does not learn is shared."""
+        for shared in (self.tokens, self.activations, self.encoder.tokenizer):
+            memo[id(shared)] = shared
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return other
+
     @torch.no_grad()
     def _lower_activations(self) -> list[Tensor]:
         """Hidden states below the tuned layers, one (T, width) tensor per item."""
         below = len(self.encoder.model.encoder.layer) - len(self.upper)
+        device = next(self.encoder.parameters()).device
         states = []
         for start in range(0, len(self.tokens), 64):
             part = self.tokens[start : start + 64]
-            tokens, mask = pad(part)
+            tokens, mask = (tensor.to(device) for tensor in pad(part))
             output = self.encoder.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
             states += [row[: len(t)].clone() for row, t in zip(output.hidden_states[below], part)]
         return states

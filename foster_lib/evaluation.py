@@ -65,7 +65,11 @@ class Ranks:
     def to_frame(self) -> pd.DataFrame:
         """Columns user, higher, tied, as stored beside a manifest."""
         return pd.DataFrame(
-            {"user": self.users.astype(np.int32), "higher": self.higher.astype(np.int32), "tied": self.tied.astype(np.int32)}
+            {
+                "user": self.users.astype(np.int32),
+                "higher": self.higher.astype(np.int32),
+                "tied": self.tied.astype(np.int32),
+            }
         )
 
     @classmethod

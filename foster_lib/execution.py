@@ -36,7 +36,9 @@ def execute(
     pending = [run for run in runs if fresh or run.manifest() is None]
     if len(pending) < len(runs):
         say(f"{len(runs) - len(pending)} of {len(runs)} runs are reused from {shown(results_dir() / 'runs')}")
-    teachers = {trajectory_folder(run): replace(run, method="full") for run in pending if get_method(run.method).needs_teacher}
+    teachers = {
+        trajectory_folder(run): replace(run, method="full") for run in pending if get_method(run.method).needs_teacher
+    }
     teachers = [run for folder, run in teachers.items() if fresh or not folder.is_dir()]
     for run in {run.settings.dataset: run for run in pending}.values():
         load_catalogue(run.settings.dataset, run.settings.encoder, device)  # embed once, before fanning out

@@ -162,9 +162,7 @@ class Pair:
 # ------------------------------------------------------- co-occurrence regulariser
 
 
-def cooccurrence_regulariser(
-    p: Tensor, y: Tensor, similarity: Tensor, neighbours: int, temperature: float
-) -> Tensor:
+def cooccurrence_regulariser(p: Tensor, y: Tensor, similarity: Tensor, neighbours: int, temperature: float) -> Tensor:
     """L_r: semantically similar items shall be followed by similar items inside S.
 
     With the conditional  q_i(j) = Σ_t p_t(i) y_t(j) / Σ_t p_t(i)  of what follows item i, and
@@ -235,7 +233,7 @@ class Synthesizer:
     def step(self, gradients: list[Tensor], progress: float) -> None:
         """Adam along `gradients`, the learning rates falling by a cosine over `progress` in 0 … 1."""
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * warmup_cosine(int(progress * 1000), 1000, 0.02)
+            group["lr"] = rate * warmup_cosine(progress, 0.02)
         for tensor, gradient in zip(self.tensors, gradients):
             tensor.grad = gradient
         self.optimizer.step()
@@ -315,7 +313,7 @@ def distill(
         )
         if not all(torch.isfinite(gradient).all() for gradient in gradients):
             raise FosterError(f"distillation diverged at iteration {iteration}: lower the learning rates.")
-        synthetic.step(gradients, iteration / settings.iterations)
+        synthetic.step(gradients, (iteration + 0.5) / settings.iterations)
         for name, value in zip(history, (inner, outer, gap, regulariser)):
             history[name].append(value)
         bar.set_postfix(inner=f"{inner:.2f}", outer=f"{outer:.2f}", gap=f"{gap:.4f}", refresh=False)

@@ -72,5 +72,3 @@ def train_full(
 def _save_weights(model: torch.nn.Module, path: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(state, temporary))
-
-

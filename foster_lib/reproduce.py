@@ -59,13 +59,20 @@ def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = No
             f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue} (the notebook so far: {failed})"
         ) from error
     except DeadKernelError as error:
-        raise FosterError(f"notebook '{name}': Python died while it ran, most likely for lack of memory; try --jobs 1.") from error
+        raise FosterError(
+            f"notebook '{name}': Python died while it ran, most likely for lack of memory; try --jobs 1."
+        ) from error
     else:
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)  # only left there when interrupted
     failed.unlink(missing_ok=True)
-    manifest = {"notebook": name, "parameters": parameters, "seconds": round(time.time() - start, 1), **environment("cpu")}
+    manifest = {
+        "notebook": name,
+        "parameters": parameters,
+        "seconds": round(time.time() - start, 1),
+        **environment("cpu"),
+    }
     write_text(output.with_suffix(".json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return output
 

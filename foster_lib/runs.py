@@ -58,7 +58,9 @@ class Run:
     @property
     def key(self) -> str:
         modules = _modules_of(self.method)
-        return content_key({**self.description(), "data": load_once(self.settings.dataset).sha256, "code": code_fingerprint(*modules)})
+        return content_key(
+            {**self.description(), "data": load_once(self.settings.dataset).sha256, "code": code_fingerprint(*modules)}
+        )
 
     @property
     def path(self) -> Path:
@@ -120,7 +122,8 @@ def run_one(run: Run, device: str, progress: bool) -> str:
         **environment(device),
     }
     write_manifest(run.path, manifest, test)
-    return f"{label}: NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test, {sum(seconds.values()):.0f} s"
+    figures = f"NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test"
+    return f"{label}: {figures}, {sum(seconds.values()):.0f} s"
 
 
 def train_full_run(run: Run, device: str, progress: bool) -> str:

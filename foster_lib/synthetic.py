@@ -137,7 +137,7 @@ class SyntheticSequences:
 
     def save(self, path: Path, description: dict | None = None) -> Path:
         """Write `path` (safetensors, half precision) and beside it a JSON that describes it."""
-        path = Path(path).with_suffix(".safetensors")
+        path = _tensor_path(path)
         data = save(self._stored())
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
         text = {
@@ -161,7 +161,7 @@ class SyntheticSequences:
         FosterError
             If the file is missing, damaged, or holds something else.
         """
-        path = Path(path).with_suffix(".safetensors")
+        path = _tensor_path(path)
         try:
             tensors = load(path.read_bytes())
         except (OSError, safetensors.SafetensorError) as error:
@@ -176,6 +176,11 @@ class SyntheticSequences:
         return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
 
 
+def _tensor_path(path: Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
 def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = {torch.float16: torch.float32, torch.int32: torch.int64}
     return {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
@@ -186,9 +191,6 @@ class FullBatch:
     """Training data of one batch: an epoch is a step."""
 
     batch: Batch
-
-    def steps(self) -> int:
-        return 1
 
     def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
         yield self.batch

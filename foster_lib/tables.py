@@ -16,9 +16,8 @@ from foster_lib.paths import write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
 
-COLUMNS = [
-    "dataset", "split", "profile", "method", "sequences", "metric", "mean", "std", "runs", "ratio_to_full", "recovered_gain",
-]  # fmt: skip
+COLUMNS = ["dataset", "split", "profile", "method", "sequences", "metric", "mean", "std", "runs"]
+COLUMNS += ["ratio_to_full", "recovered_gain"]
 HEADLINE = ("ndcg@10", "recall@10")
 
 
@@ -80,7 +79,10 @@ def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
     rows = []
     for method in dict.fromkeys(long.index.get_level_values("method")):
         own = [manifest for manifest in manifests if manifest["method"] == method]
-        row = {"Method": get_method(method).title, "Sequences": str(long.loc[(method, "ndcg@10"), "sequences"] or "all")}
+        row = {
+            "Method": get_method(method).title,
+            "Sequences": str(long.loc[(method, "ndcg@10"), "sequences"] or "all"),
+        }
         if method in ("untrained", "popularity"):
             row["Sequences"] = "–"
         for metric, title in zip(HEADLINE, ("NDCG@10", "Recall@10")):
@@ -136,7 +138,9 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
     write_text(folder / "table2.tex", "\n".join(latex))
     figure = table2_figure(long)
     for suffix in ("png", "pdf"):
-        write_atomically(folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=_no_date(suffix)))
+        write_atomically(
+            folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=_no_date(suffix))
+        )
     plt.close(figure)
     return write_text(folder / "table2.md", "\n".join(markdown))
 
@@ -146,13 +150,20 @@ def table2_figure(long: pd.DataFrame) -> plt.Figure:
     use_style()
     datasets = list(dict.fromkeys(long["dataset"]))
     figure, axes = plt.subplots(
-        len(datasets), len(HEADLINE), figsize=(9, 0.9 + 2.6 * len(datasets)), squeeze=False, sharey="row", layout="constrained"
+        len(datasets),
+        len(HEADLINE),
+        figsize=(9, 0.9 + 2.6 * len(datasets)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for row, dataset in zip(axes, datasets):
         for axis, metric in zip(row, HEADLINE):
             part = long[(long["dataset"] == dataset) & (long["metric"] == metric)]
             place = np.arange(len(part))[::-1]
-            colours = ["C1" if method == "foster" else "C0" if method == "full" else "0.55" for method in part["method"]]
+            colours = [
+                "C1" if method == "foster" else "C0" if method == "full" else "0.55" for method in part["method"]
+            ]
             axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=colours, error_kw={"lw": 1, "capsize": 2})
             axis.set_yticks(place, [get_method(method).title for method in part["method"]])
             for reference in part.loc[part["method"] == "full", "mean"]:
@@ -163,11 +174,15 @@ def table2_figure(long: pd.DataFrame) -> plt.Figure:
 
 def use_style() -> None:
     """One look for all figures: colour-blind-safe, readable in grey."""
-    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9, rc={"axes.grid.axis": "x", "pdf.fonttype": 42})
+    sns.set_theme(
+        style="whitegrid", palette="colorblind", font_scale=0.9, rc={"axes.grid.axis": "x", "pdf.fonttype": 42}
+    )
 
 
 def _latex(table: pd.DataFrame) -> str:
-    text = table.map(lambda cell: str(cell).replace("±", r"$\pm$").replace("–", "--").replace("−", "-").replace("%", r"\%"))
+    text = table.map(
+        lambda cell: str(cell).replace("±", r"$\pm$").replace("–", "--").replace("−", "-").replace("%", r"\%")
+    )
     text.columns = [column.replace("%", r"\%") for column in text.columns]
     return text.to_latex(index=False, escape=False, column_format="l" + "r" * (len(table.columns) - 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,8 +61,8 @@ class Task:
         return self.catalogue().detach()
 
     def new_model(self, seed: int) -> SASRec:
-        """A fresh, warm-started recommender."""
-        return build_model(self.catalogue, self.model_settings, seed, self.device)
+        """A fresh, warm-started recommender; encoder layers that learn are its own."""
+        return build_model(copy.deepcopy(self.catalogue), self.model_settings, seed, self.device)
 
     def validate(self, model: SASRec) -> float:
         """NDCG@10 on the validation queries."""
@@ -78,7 +79,9 @@ class Task:
         paths = sorted((self.trajectory_folder or Path()).glob("epoch-*.safetensors"))
         states = [load_tensors(path) for path in paths]
         if not states or any(state is None for state in states):
-            raise FosterError(f"{self.trajectory_folder}: no trajectory of full-data training. Run the method 'full' first.")
+            raise FosterError(
+                f"{self.trajectory_folder}: no trajectory of full-data training. Run the method 'full' first."
+            )
         return states
 
     @cached_property

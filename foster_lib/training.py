@@ -62,8 +62,6 @@ class Batch:
 class TrainingData(Protocol):
     """Anything that yields the batches of an epoch."""
 
-    def steps(self) -> int: ...
-
     def batches(self, generator: np.random.Generator) -> Iterable[Batch]: ...
 
 
@@ -74,9 +72,6 @@ class RealSequences:
     sequences: list[np.ndarray]
     length: int
     batch_size: int
-
-    def steps(self) -> int:
-        return math.ceil(len(windows(self.sequences, self.length)) / self.batch_size)
 
     def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
         pieces = windows(self.sequences, self.length, generator)
@@ -164,8 +159,6 @@ def train(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=settings.learning_rate,
     )
-    total = settings.epochs * data.steps()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, settings.warmup))
     mixed = torch.device(device).type == "cuda" and fast_precision(device) == "bf16"
     log, best, best_state = TrainLog(), -math.inf, None
 
@@ -180,12 +173,16 @@ def train(
         on_epoch(0, model)
     if validate:
         check(0)
-    bar = tqdm(total=total, desc=progress, unit="step", disable=not progress)
+    bar = tqdm(total=settings.epochs, desc=progress, unit="epoch", disable=not progress)
     for epoch in range(1, settings.epochs + 1):
         model.train()
         losses = []
-        for batch in data.batches(generator):
+        batches = list(data.batches(generator))  # their number differs a little between epochs
+        for number, batch in enumerate(batches):
             batch = batch.to(device)
+            done = (epoch - 1 + (number + 0.5) / len(batches)) / settings.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * warmup_cosine(done, settings.warmup)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
                 loss = sequence_loss(model, batch, model.features())
             if not torch.isfinite(loss):
@@ -197,10 +194,9 @@ def train(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            schedule.step()
             losses.append(loss.detach())
             log.steps += 1
-            bar.update()
+        bar.update()
         log.losses.append(float(torch.stack(losses).mean()))
         if on_epoch:
             on_epoch(epoch, model)
@@ -218,9 +214,8 @@ def train(
     return log
 
 
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Learning-rate factor: linear rise over `warmup`·total steps, then cosine to zero."""
-    rise = max(1.0, warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
+def warmup_cosine(done: float, warmup: float) -> float:
+    """Learning-rate factor after the fraction `done` of training: linear rise over `warmup`, then cosine to zero."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

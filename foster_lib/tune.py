@@ -46,7 +46,16 @@ def search(dataset: str, jobs: int, device: str) -> pd.DataFrame:
     pending = [(change, run) for change, run in space if not trial_path(run).is_file()]
     parallel(_run_trial, pending, jobs=jobs, device=device, label=f"tuning {dataset}")
     rows = [json.loads(trial_path(run).read_text(encoding="utf-8")) for _, run in space]
-    columns = ["width", "dropout", "learning_rate", "weight_decay", "batch_size", "kept_epoch", "validation_ndcg@10", "seconds"]
+    columns = [
+        "width",
+        "dropout",
+        "learning_rate",
+        "weight_decay",
+        "batch_size",
+        "kept_epoch",
+        "validation_ndcg@10",
+        "seconds",
+    ]
     table = pd.DataFrame(rows)[[*columns, "hardware"]].sort_values("validation_ndcg@10", ascending=False, kind="stable")
     write_atomically(results_dir() / "tuning" / f"{dataset}.csv", lambda path: table.to_csv(path, index=False))
     return table
@@ -60,7 +69,9 @@ def _run_trial(trial: tuple[dict, Run], device: str, progress: bool) -> str:
     change, run = trial
     settings = run.settings
     label = f"{settings.dataset} {change}"
-    _, log = train_full(make_task(run, device), settings.full, run.seed, trajectory_folder(run), label if progress else "")
+    _, log = train_full(
+        make_task(run, device), settings.full, run.seed, trajectory_folder(run), label if progress else ""
+    )
     figure = max(log.validation.values())
     result = {
         "width": settings.model.width,

@@ -1,5 +1,7 @@
 """FOSTER's three parts against closed forms, naive loops and the full computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,19 +11,21 @@ from foster_lib import coresets
 from foster_lib.errors import FosterError
 from foster_lib.foster import (
     FosterSettings,
-    InnerModel,
+    Learner,
+    Pair,
     Subset,
     Synthesizer,
     cooccurrence_regulariser,
     distill,
-    outer_model,
+    real_loss,
     sample_subset,
     subset_inputs,
     synthetic_gradient,
     synthetic_loss,
 )
+from foster_lib.training import make_batch
 
-FAST = FosterSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3, outer_steps=2)
+FAST = FosterSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3)
 
 
 @pytest.fixture
@@ -90,34 +94,67 @@ def test_only_the_subset_and_the_anchors_are_embedded(task, synthetic):
 
 
 def test_reset_restores_identical_weights_and_forgets_the_optimiser(task, synthetic):
-    inner = InnerModel(task.new_model(0), FAST)
+    pair = Pair(task, FAST, seed=0)
     checkpoint = task.trajectory[1]
     batch = synthetic.batch(sample_subset(task.n_items, 20, np.random.default_rng(0))).detached()
-    inner.reset(checkpoint)
-    inner.fit(batch)
-    assert not all(torch.equal(inner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
-    inner.reset(checkpoint)
-    assert all(torch.equal(inner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
-    assert inner.steps == 0 and not inner.optimizer.state
+    pair.reset(checkpoint)
+    pair.fit(batch, lambda: lambda model: synthetic_loss(model, batch))
+    for learner in (pair.phi, pair.theta):
+        assert not all(torch.equal(learner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
+        assert learner.steps == FAST.inner_steps
+    pair.reset(checkpoint)
+    for learner in (pair.phi, pair.theta):
+        assert all(torch.equal(learner.model.state_dict()[name], checkpoint[name]) for name in checkpoint)
+        assert learner.steps == 0 and not learner.optimizer.state
 
 
-def test_outer_model_moves_by_the_given_length_and_lowers_the_real_loss(task, synthetic):
-    inner = InnerModel(task.new_model(0), FAST)
+def test_learner_takes_adams_steps(task):
+    """Against Adam written out, after its warm-up, without clipping and dropout."""
+    model = task.new_model(0)
+    for module in model.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+    learner = Learner(model, FosterSettings(inner_warmup=1, inner_learning_rate=0.01))
+    goal = task.teacher.log_scale.detach() + 0.1
+    w, m, v = float(model.log_scale.detach()), 0.0, 0.0
+    for t in range(1, 4):
+        learner.step(lambda model: (model.log_scale - goal) ** 2)
+        g = 2 * (w - float(goal))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w -= 0.01 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+    assert float(model.log_scale.detach()) == pytest.approx(w, abs=1e-6)
+
+
+def test_theta_parts_from_phi_through_the_real_data_only(task, synthetic):
+    """λ → ∞ leaves no real data: θ then takes φ's steps; with λ = 0 it fits the real loss better."""
     subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
-    inner.fit(synthetic.batch(subset).detached())
-    goal = task.teacher.features().detach()
+    batch = synthetic.batch(subset).detached()
+    real = make_batch(task.windows[:40])
 
-    def real_loss(model):
-        return ((model.features() - goal) ** 2).sum()
+    def run(penalty):
+        settings = FosterSettings(inner_steps=30, penalty=penalty, inner_learning_rate=1e-2)
+        small = replace(task, model_settings=replace(task.model_settings, dropout=0.0))
+        pair = Pair(small, settings, seed=0)
+        pair.fit(batch, lambda: lambda model: real_loss(model, real, subset, task.teacher))
+        return pair
 
-    settings = FosterSettings(outer_steps=1, outer_step_size=0.01)
-    before = [p.detach().clone() for p in inner.model.parameters()]
-    theta = task.new_model(5)
-    full_loss = lambda model: real_loss(model) + 0.0 * sum(p.sum() for p in model.parameters())  # noqa: E731
-    outer_model(theta, inner, full_loss, settings)
-    moved = torch.stack([(p - b).norm() for p, b in zip(theta.parameters(), before)]).norm()
-    torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-3, atol=0)
-    assert float(real_loss(theta)) < float(real_loss(inner.model))
+    def real_losses(pair):
+        return [float(real_loss(x.model, real, subset, task.teacher).detach()) for x in (pair.theta, pair.phi)]
+
+    theta, phi = real_losses(run(1e9))
+    assert theta == pytest.approx(phi, abs=1e-3)
+    theta, phi = real_losses(run(0.0))
+    assert theta < phi - 0.01
+
+
+def test_real_loss_on_all_items_is_the_full_cross_entropy(task):
+    real = make_batch(task.windows[:5])
+    subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
+    model, teacher = task.new_model(3).eval(), task.teacher
+    logits = model.scores(model(real.inputs, model.features())[real.mask], model.features())
+    y = teacher.scores(teacher(real.inputs, teacher.features())[real.mask], teacher.features()).softmax(-1)
+    expected = -(y * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(real_loss(model, real, subset, teacher), expected)
 
 
 def test_synthetic_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
@@ -131,11 +168,11 @@ def test_synthetic_gradient_is_the_difference_of_two_input_gradients(task, synth
     for sign in (1, -1):
         synthetic.z_y.data = base + sign * 1e-2 * direction
         batch = batch_of()
-        values.append(float(synthetic_loss(theta, batch) - synthetic_loss(phi, batch)))
+        values.append(float((synthetic_loss(theta, batch) - synthetic_loss(phi, batch)).detach()))
     synthetic.z_y.data = base
     assert abs((values[0] - values[1]) / 2e-2 - float((gradients[2] * direction).sum())) < 2e-3
     batch = batch_of()
-    assert gap == pytest.approx(float(synthetic_loss(theta, batch) - synthetic_loss(phi, batch)), abs=1e-6)
+    assert gap == pytest.approx(float((synthetic_loss(theta, batch) - synthetic_loss(phi, batch)).detach()), abs=1e-6)
 
 
 def test_regulariser_against_loops():
@@ -194,7 +231,7 @@ def test_distillation_lowers_the_gap_of_the_same_models(task):
     subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))
     theta, phi = task.teacher, task.new_model(3).eval()
     gaps = []
-    for i in range(30):
+    for _ in range(30):
         gradients, gap, _ = synthetic_gradient(synthetic, synthetic.batch(subset), theta, phi, weight=0)
         synthetic.step(gradients, 0.3)
         gaps.append(gap)

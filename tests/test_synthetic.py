@@ -103,7 +103,6 @@ def test_training_data_of_mixtures():
     s, e = full(), embeddings()
     data = s.training_data(e)
     (batch,) = data.batches(None)
-    assert data.steps() == 1
     torch.testing.assert_close(batch.inputs, s.input_probabilities(e))
     torch.testing.assert_close(batch.targets, s.target_probabilities(e)[s.mask])
     assert len(batch.targets) == sum(len(w) - 1 for w in windows())
