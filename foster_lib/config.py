@@ -33,12 +33,17 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class StudentSettings(TrainSettings):
-    """`TrainSettings` of a model trained on synthetic sequences; an epoch is one full-batch step."""
+    """`TrainSettings` of a model trained on synthetic sequences; an epoch is one full-batch step.
 
-    learning_rate: float = 1e-3
-    epochs: int = 1000
-    validate_every: int = 100
-    patience: int = 0
+    hard_learning_rate : in the place of `learning_rate` where targets are real next items, which
+    over-fit within a few steps.
+    """
+
+    learning_rate: float = 5e-3
+    hard_learning_rate: float = 1e-3
+    epochs: int = 500
+    validate_every: int = 50
+    patience: int = 4
     dropout: float = 0.1
 
 

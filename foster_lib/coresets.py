@@ -20,8 +20,8 @@ from foster_lib.task import Task
 def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows drawn uniformly without replacement."""
     _check_budget(task, sequences)
-    chosen = np.random.default_rng(seed).choice(len(task.windows), size=sequences, replace=False)
-    return _select(task, chosen)
+    chosen = np.random.default_rng(seed).choice(len(task.candidates), size=sequences, replace=False)
+    return _select(task.candidates, chosen, task.length)
 
 
 def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -31,16 +31,23 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     first window is drawn at random.
     """
     _check_budget(task, sequences)
-    points = task.hidden_means(task.new_model(seed).eval(), task.windows)
-    return _select(task, farthest_points(points, sequences, seed))
+    points = task.hidden_means(task.new_model(seed).eval(), task.candidates)
+    return _select(task.candidates, farthest_points(points, sequences, seed), task.length)
 
 
-def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
-    """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
+def k_means(task: Task, sequences: int, seed: int, longest: int = 25) -> SyntheticSequences:
+    """Windows nearest to the k-means centroids of the teacher's mean hidden states.
+
+    Only the `longest` · n longest windows take part (equal lengths in random order): with a budget
+    of n sequences, each should carry as many targets as it can.
+    """
     _check_budget(task, sequences)
-    points = task.hidden_means(task.teacher, task.windows)
+    order = np.random.default_rng(seed).permutation(len(task.candidates))
+    lengths = np.array([len(task.candidates[i]) for i in order])
+    pool = [task.candidates[i] for i in order[np.argsort(-lengths, kind="stable")[: longest * sequences]]]
+    points = task.hidden_means(task.teacher, pool)
     centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
-    return _select(task, nearest_points(points, centroids))
+    return _select(pool, nearest_points(points, centroids), task.length)
 
 
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -67,8 +74,8 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
 
 
 def _check_budget(task: Task, sequences: int) -> None:
-    if not 0 < sequences <= len(task.windows):
-        raise FosterError(f"{sequences} sequences cannot be chosen from {len(task.windows)} training windows.")
+    if not 0 < sequences <= len(task.candidates):
+        raise FosterError(f"{sequences} sequences cannot be chosen from {len(task.candidates)} training windows.")
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -91,5 +98,5 @@ def nearest_points(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.array(chosen)
 
 
-def _select(task: Task, chosen: np.ndarray) -> SyntheticSequences:
-    return SyntheticSequences.from_windows([task.windows[i] for i in chosen], task.length)
+def _select(pool: list[np.ndarray], chosen: np.ndarray, length: int) -> SyntheticSequences:
+    return SyntheticSequences.from_windows([pool[i] for i in chosen], length)

@@ -57,7 +57,7 @@ class FosterSettings:
     reset_every : R, iterations that a pair serves between two resets
     checkpoints : how many of the trajectory's checkpoints, from its start, resets are drawn from
     input_learning_rate, label_learning_rate : Adam on z_x, β and on z_y
-    regulariser : size of the gradient of L_r relative to that of J
+    regulariser : weight of L_r beside the gap L_syn(θ) − L_syn(φ)
     neighbours, neighbour_temperature : of the item similarity in L_r
     sharpness : norm of z_x at the start; bonus : β at the start
     """
@@ -247,22 +247,18 @@ class Synthesizer:
 def synthetic_gradient(
     synthetic: Synthesizer, batch: SyntheticBatch, theta: SASRec, phi: SASRec, weight: float
 ) -> tuple[list[Tensor], float, float]:
-    """∂J/∂S / λ, to which ∂L_r/∂S is added, scaled to `weight` times its norm.
+    """Gradient of L_syn(θ; S) − L_syn(φ; S) + weight · L_r with respect to S.
 
-    Dividing by λ changes nothing, because Adam follows.
+    The penalty λ is left out here: Adam, which follows, is indifferent to a common factor.
 
     Returns
     -------
     gradients of `Synthesizer.tensors`; the gap L_syn(θ) − L_syn(φ); L_r
     """
     gap = synthetic_loss(theta, batch) - synthetic_loss(phi, batch)
-    gradients = torch.autograd.grad(gap, synthetic.tensors, retain_graph=weight > 0)
-    if weight == 0:
-        return list(gradients), float(gap.detach()), float("nan")
-    regulariser = synthetic.regulariser(batch)
-    pulls = torch.autograd.grad(regulariser, synthetic.tensors)
-    mixed = [g + weight * g.norm() / (r.norm() + 1e-12) * r for g, r in zip(gradients, pulls)]
-    return mixed, float(gap.detach()), float(regulariser.detach())
+    regulariser = synthetic.regulariser(batch) if weight else torch.zeros(())
+    gradients = torch.autograd.grad(gap + weight * regulariser, synthetic.tensors)
+    return list(gradients), float(gap.detach()), float(regulariser.detach())
 
 
 def distill(

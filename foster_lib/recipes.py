@@ -23,12 +23,15 @@ def train_student(
     task: Task, sequences: SyntheticSequences, settings: Settings, seed: int, progress: str = ""
 ) -> tuple[SASRec, TrainLog]:
     """Train a fresh, warm-started recommender on synthetic sequences alone: (model, log)."""
-    student = replace(task, model_settings=replace(task.model_settings, dropout=settings.student.dropout))
+    recipe = settings.student
+    if sequences.labels is None:
+        recipe = replace(recipe, learning_rate=recipe.hard_learning_rate)
+    student = replace(task, model_settings=replace(task.model_settings, dropout=recipe.dropout))
     model = student.new_model(seed)
     log = train(
         model,
         sequences.to(task.device).training_data(task.embeddings),
-        settings.student,
+        recipe,
         seed=seed,
         validate=task.validate,
         device=task.device,

@@ -70,8 +70,18 @@ class Task:
 
     @cached_property
     def windows(self) -> list[np.ndarray]:
-        """All training sequences, cut into windows of at most L + 1 items."""
+        """All training sequences, cut into windows of at most L + 1 items: what θ reads."""
         return windows(self.train, self.length)
+
+    @cached_property
+    def candidates(self) -> list[np.ndarray]:
+        """What coresets choose from: the full windows, and whole sequences shorter than a window.
+
+        The short rest at the start of a long sequence is left out; a budget counts sequences, and
+        such a rest would waste one.
+        """
+        full = [window for window in self.windows if len(window) == self.length + 1]
+        return full + [sequence for sequence in self.train if len(sequence) <= self.length]
 
     @cached_property
     def trajectory(self) -> list[dict[str, Tensor]]:

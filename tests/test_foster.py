@@ -1,5 +1,6 @@
 """FOSTER's three parts against closed forms, naive loops and the full computation."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from foster_lib import coresets
+from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.foster import (
     FosterSettings,
@@ -201,7 +203,7 @@ def test_regulariser_pulls_items_of_identical_text_to_identical_conditionals():
 
     def distance():
         p, y = z_p.softmax(-1), z_y.softmax(-1)
-        q = (p.T @ y) / p.sum(0)[:, None]
+        q = ((p.T @ y) / p.sum(0)[:, None]).detach()
         return float((q[0] - q[1]).abs().sum())
 
     before = distance()
@@ -241,3 +243,21 @@ def test_distillation_lowers_the_gap_of_the_same_models(task):
 def test_distilling_without_labels_is_refused(task):
     with pytest.raises(FosterError, match="labelled"):
         distill(task, coresets.random(task, 3, seed=0), FAST, seed=0)
+
+
+def test_distilling_with_a_tuned_encoder_leaves_the_catalogue_alone(task):
+    """Each model tunes layers of its own; the task's catalogue stays as it was."""
+    encoder = TextEncoder.load("tiny")
+    tuned = replace(task, catalogue=encoder.catalogue(task.dataset.texts, tuned_layers=1), trajectory_folder=None)
+    before = copy.deepcopy(encoder.state_dict())
+    model = tuned.new_model(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batch = make_batch(tuned.windows[:4])
+    everything = sample_subset(tuned.n_items, 10**6, np.random.default_rng(0))
+    loss = real_loss(model, batch, everything, tuned.new_model(1))
+    loss.backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    changed = model.catalogue.encoder.state_dict()
+    assert any(not torch.equal(before[name], changed[name]) for name in before)
+    assert model.catalogue.activations is tuned.catalogue.activations
