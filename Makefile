@@ -47,7 +47,7 @@ $(STAMP): $(PINS)
 
 reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 12 min, 2 cores; again: seconds)
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
-	@$(BIN)/python -c "from foster_lib.paths import results_dir as r; print(); print((r() / '$(if $(filter smoke,$(PROFILE)),smoke/)table2' / 'table2.md').read_text())"
+	@$(BIN)/python -c "from foster_lib.tables import table2_folder as f; print((f('$(PROFILE)', '$(SPLIT)') / 'table2.md').read_text())"
 
 tune: $(STAMP)  ## search of the full-data reference on validation (DATASETS=ml-100k: about 40 min)
 	@$(BIN)/python -m foster_lib.tune $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))

@@ -17,11 +17,15 @@ from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
 
+def candidates(task: Task) -> list[np.ndarray]:
+    """What is chosen from: each user's latest window of at most L + 1 items."""
+    return [sequence[-(task.length + 1) :] for sequence in task.train]
+
+
 def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
-    """Windows drawn uniformly without replacement."""
-    _check_budget(task, sequences)
-    chosen = np.random.default_rng(seed).choice(len(task.candidates), size=sequences, replace=False)
-    return _select(task.candidates, chosen, task.length)
+    """Users drawn uniformly without replacement."""
+    pool = _checked_pool(task, sequences)
+    return _select(task, pool, np.random.default_rng(seed).choice(len(pool), size=sequences, replace=False))
 
 
 def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -30,29 +34,33 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     Distance is Euclidean between mean hidden states of the untrained, warm-started model; the
     first window is drawn at random.
     """
-    _check_budget(task, sequences)
-    points = task.hidden_means(task.new_model(seed).eval(), task.candidates)
-    return _select(task.candidates, farthest_points(points, sequences, seed), task.length)
+    pool = _checked_pool(task, sequences)
+    points = task.hidden_means(task.new_model(seed).eval(), pool)
+    return _select(task, pool, farthest_points(points, sequences, seed))
 
 
-def k_means(task: Task, sequences: int, seed: int, longest: int = 25) -> SyntheticSequences:
+def k_means(task: Task, sequences: int, seed: int, longest: int = 0) -> SyntheticSequences:
     """Windows nearest to the k-means centroids of the teacher's mean hidden states.
 
-    Only the `longest` · n longest windows take part (equal lengths in random order): with a budget
-    of n sequences, each should carry as many targets as it can.
+    Parameters
+    ----------
+    longest : int
+        Unless 0, only the `longest` · n longest windows take part (equal lengths in random order),
+        so that on data of short histories each sequence carries as many targets as it can.
     """
-    _check_budget(task, sequences)
-    order = np.random.default_rng(seed).permutation(len(task.candidates))
-    lengths = np.array([len(task.candidates[i]) for i in order])
-    pool = [task.candidates[i] for i in order[np.argsort(-lengths, kind="stable")[: longest * sequences]]]
+    pool = _checked_pool(task, sequences)
+    if longest:
+        order = np.random.default_rng(seed).permutation(len(pool))
+        lengths = np.array([len(pool[i]) for i in order])
+        pool = [pool[i] for i in order[np.argsort(-lengths, kind="stable")[: longest * sequences]]]
     points = task.hidden_means(task.teacher, pool)
     centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
-    return _select(pool, nearest_points(points, centroids), task.length)
+    return _select(task, pool, nearest_points(points, centroids))
 
 
-def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+def kd(task: Task, sequences: int, seed: int, longest: int = 0) -> SyntheticSequences:
     """KD-n: the windows of `k_means` with the labels of the full-data teacher, no distillation."""
-    return with_labels(task, k_means(task, sequences, seed))
+    return with_labels(task, k_means(task, sequences, seed, longest))
 
 
 @torch.no_grad()
@@ -71,11 +79,6 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
         bias=teacher.adapter.bias.detach().cpu().clone(),
         labels=(teacher.log_scale.exp() * hidden).cpu(),
     )
-
-
-def _check_budget(task: Task, sequences: int) -> None:
-    if not 0 < sequences <= len(task.candidates):
-        raise FosterError(f"{sequences} sequences cannot be chosen from {len(task.candidates)} training windows.")
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -98,5 +101,12 @@ def nearest_points(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.array(chosen)
 
 
-def _select(pool: list[np.ndarray], chosen: np.ndarray, length: int) -> SyntheticSequences:
-    return SyntheticSequences.from_windows([pool[i] for i in chosen], length)
+def _checked_pool(task: Task, sequences: int) -> list[np.ndarray]:
+    pool = candidates(task)
+    if not 0 < sequences <= len(pool):
+        raise FosterError(f"{sequences} sequences cannot be chosen from those of {len(pool)} users.")
+    return pool
+
+
+def _select(task: Task, pool: list[np.ndarray], chosen: np.ndarray) -> SyntheticSequences:
+    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length)

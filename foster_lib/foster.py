@@ -318,7 +318,9 @@ def distill(
     return synthetic.result(), history
 
 
-def foster(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
+def foster(
+    task: Task, sequences: int, seed: int, progress: str = "", longest: int = 0, **parameters
+) -> SyntheticSequences:
     """The method as Table 2 calls it: KD-n's sequences and labels as start, then `distill`."""
-    start = kd(task, sequences, seed)
+    start = kd(task, sequences, seed, longest)
     return distill(task, start, FosterSettings(**parameters), seed=seed, progress=progress)[0]

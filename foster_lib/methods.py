@@ -52,6 +52,7 @@ def check_parameters(name: str, parameters: dict) -> None:
     function = get_method(name).function
     known = set(inspect.signature(function).parameters) - {"task", "sequences", "seed"}
     if function is foster.foster:
-        known = set(foster.FosterSettings.__dataclass_fields__)
+        known |= set(foster.FosterSettings.__dataclass_fields__)
+    known -= {"parameters", "progress"}
     for key in parameters:
         check_known(key, known, f"parameter of method '{name}':")

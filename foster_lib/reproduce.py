@@ -22,6 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from foster_lib.config import PROFILES
 from foster_lib.errors import FosterError, check_known
+from foster_lib.execution import resolve_device
 from foster_lib.paths import ROOT, results_dir, write_text
 from foster_lib.records import environment
 
@@ -71,7 +72,7 @@ def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = No
         "notebook": name,
         "parameters": parameters,
         "seconds": round(time.time() - start, 1),
-        **environment("cpu"),
+        **environment(resolve_device(str(parameters.get("device") or "auto"))),
     }
     write_text(output.with_suffix(".json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return output

@@ -12,7 +12,7 @@ import seaborn as sns
 
 from foster_lib.evaluation import METRICS, paired_bootstrap
 from foster_lib.methods import METHODS, get_method
-from foster_lib.paths import write_atomically, write_text
+from foster_lib.paths import results_dir, write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
 
@@ -104,6 +104,12 @@ def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
         row["KiB"] = f"{np.mean(stored) / 1024:.0f}" if stored else "–"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def table2_folder(profile: str, split: str = "leave-one-out") -> Path:
+    """Where Table 2 of a profile and split lies; the headline split has the short name."""
+    root = results_dir() / "smoke" if profile == "smoke" else results_dir()
+    return root / ("table2" if split in ("", "leave-one-out") else f"table2-{split}")
 
 
 def write_table2(runs: list[Run], folder: Path) -> Path:

@@ -74,16 +74,6 @@ class Task:
         return windows(self.train, self.length)
 
     @cached_property
-    def candidates(self) -> list[np.ndarray]:
-        """What coresets choose from: the full windows, and whole sequences shorter than a window.
-
-        The short rest at the start of a long sequence is left out; a budget counts sequences, and
-        such a rest would waste one.
-        """
-        full = [window for window in self.windows if len(window) == self.length + 1]
-        return full + [sequence for sequence in self.train if len(sequence) <= self.length]
-
-    @cached_property
     def trajectory(self) -> list[dict[str, Tensor]]:
         """Checkpoints of full-data training, oldest first; the first is a warm start."""
         paths = sorted((self.trajectory_folder or Path()).glob("epoch-*.safetensors"))

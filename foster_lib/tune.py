@@ -69,23 +69,24 @@ def _run_trial(trial: tuple[dict, Run], device: str, progress: bool) -> str:
     change, run = trial
     settings = run.settings
     label = f"{settings.dataset} {change}"
-    _, log = train_full(
-        make_task(run, device), settings.full, run.seed, trajectory_folder(run), label if progress else ""
-    )
-    figure = max(log.validation.values())
+    folder = trajectory_folder(run)
+    if not folder.is_dir():
+        train_full(make_task(run, device), settings.full, run.seed, folder, label if progress else "")
+    log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+    figure = max(log["validation_curve"].values())
     result = {
         "width": settings.model.width,
         "dropout": settings.model.dropout,
         "learning_rate": settings.full.learning_rate,
         "weight_decay": settings.full.weight_decay,
         "batch_size": settings.full.batch_size,
-        "kept_epoch": log.best_epoch,
+        "kept_epoch": log["kept_epoch"],
         "validation_ndcg@10": round(figure, 5),
-        "seconds": round(log.seconds),
+        "seconds": round(log["seconds"]),
         **environment(device),
     }
     write_text(trial_path(run), json.dumps(result, indent=1, sort_keys=True) + "\n")
-    return f"{label}: validation NDCG@10 {figure:.4f} after {log.best_epoch} epochs, {log.seconds:.0f} s"
+    return f"{label}: validation NDCG@10 {figure:.4f} after {log['kept_epoch']} epochs, {log['seconds']:.0f} s"
 
 
 def main(arguments: list[str] | None = None) -> int:

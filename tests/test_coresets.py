@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import make_blobs
 
 from foster_lib import coresets
-from foster_lib.coresets import farthest_points, nearest_points, with_labels
+from foster_lib.coresets import candidates, farthest_points, nearest_points, with_labels
 from foster_lib.errors import FosterError
 
 METHODS = [coresets.random, coresets.k_center, coresets.k_means, coresets.kd]
@@ -30,7 +30,7 @@ def test_coresets_are_distinct_training_windows(task, method):
     """n sequences, all of them windows of the training data, none more often than it stands there."""
     chosen = method(task, sequences=12, seed=0)
     assert chosen.items.shape == (12, task.length)
-    available = [tuple(w.tolist()) for w in task.candidates]
+    available = [tuple(w.tolist()) for w in candidates(task)]
     for row in rows(chosen):
         available.remove(row)
 
@@ -48,9 +48,9 @@ def test_coresets_follow_their_seed(task, method):
 
 def test_random_is_uniform(task):
     """Every window is drawn equally often, within what chance allows, and never twice at once."""
-    few = replace(task, train=task.train[:5])
-    number = {tuple(w.tolist()): i for i, w in enumerate(few.candidates)}
-    assert len(number) == len(few.candidates) > 5
+    few = replace(task, train=task.train[:8])
+    number = {tuple(w.tolist()): i for i, w in enumerate(candidates(few))}
+    assert len(number) == len(candidates(few)) > 5
     assert set(rows(coresets.random(few, sequences=len(number), seed=0))) == set(number)
     counts = np.zeros(len(number))
     for seed in range(600):
@@ -91,8 +91,8 @@ def test_k_center_measures_the_untrained_model(task):
     model = task.new_model(3).eval()
     with torch.no_grad():
         features = model.features()
-        points = [model(torch.from_numpy(w[:-1])[None], features)[0].mean(0).numpy() for w in task.candidates]
-    expected = [tuple(task.candidates[i].tolist()) for i in farthest_points(np.stack(points), 6, 3)]
+        points = [model(torch.from_numpy(w[:-1])[None], features)[0].mean(0).numpy() for w in candidates(task)]
+    expected = [tuple(candidates(task)[i].tolist()) for i in farthest_points(np.stack(points), 6, 3)]
     assert rows(coresets.k_center(task, sequences=6, seed=3)) == expected
 
 
@@ -108,23 +108,23 @@ def test_nearest_points():
 
 def test_k_means_takes_one_window_of_each_cluster(task, monkeypatch):
     """On well separated points every cluster is represented, by the window nearest to its mean."""
-    points, cluster = make_blobs(len(task.candidates), n_features=4, centers=6, cluster_std=0.05, random_state=0)
-    place = {tuple(c.tolist()): points[i] for i, c in enumerate(task.candidates)}
+    points, cluster = make_blobs(len(candidates(task)), n_features=4, centers=6, cluster_std=0.05, random_state=0)
+    place = {tuple(c.tolist()): points[i] for i, c in enumerate(candidates(task))}
     lookup = lambda self, model, pieces: np.stack([place[tuple(w.tolist())] for w in pieces])  # noqa: E731
     monkeypatch.setattr(type(task), "hidden_means", lookup)
     expected = set()
     for c in range(6):
         members = np.flatnonzero(cluster == c)
         nearest = members[np.linalg.norm(points[members] - points[members].mean(0), axis=1).argmin()]
-        expected.add(tuple(task.candidates[nearest].tolist()))
+        expected.add(tuple(candidates(task)[nearest].tolist()))
     assert set(rows(coresets.k_means(task, sequences=6, seed=0))) == expected
 
 
 def test_hidden_means_ignore_padding(task):
     """The batched means equal those of each window alone."""
-    means = task.hidden_means(task.teacher, task.candidates)
+    means = task.hidden_means(task.teacher, candidates(task))
     features = task.teacher.features()
-    for window, mean in zip(task.candidates[::7], means[::7]):
+    for window, mean in zip(candidates(task)[::7], means[::7]):
         alone = task.teacher(torch.from_numpy(window[:-1])[None], features)[0].mean(0)
         np.testing.assert_allclose(mean, alone.numpy(), atol=1e-5)
 
@@ -188,18 +188,19 @@ def test_trajectory_is_in_order_and_starts_warm(task):
     assert task.validate(task.teacher) > 2 * task.validate(fresh)
 
 
-def test_candidates_are_full_windows_and_whole_short_sequences(task):
-    """Every candidate is full or its user's whole sequence, and no user is left out."""
-    whole = {tuple(s.tolist()) for s in task.train}
-    assert all(len(c) == task.length + 1 or tuple(c.tolist()) in whole for c in task.candidates)
-    expected = sum(max(1, (len(s) - 1) // task.length) for s in task.train)
-    assert len(task.candidates) == expected
+def test_candidates_are_each_users_latest_window(task):
+    """One per user: the end of the training sequence, never longer than a window."""
+    pool = candidates(task)
+    assert len(pool) == len(task.train)
+    for window, sequence in zip(pool, task.train):
+        assert len(window) == min(len(sequence), task.length + 1)
+        assert window.tolist() == sequence.tolist()[-len(window) :]
 
 
 def test_k_means_prefers_long_windows_and_budgets_are_checked(task):
     """With `longest` = 1 the n longest windows are all there is to choose from."""
     chosen = coresets.k_means(task, sequences=5, seed=0, longest=1)
-    lengths = sorted((len(c) - 1 for c in task.candidates), reverse=True)[:5]
+    lengths = sorted((len(c) - 1 for c in candidates(task)), reverse=True)[:5]
     assert sorted(chosen.mask.sum(1).tolist(), reverse=True) == lengths
     with pytest.raises(FosterError, match="cannot be chosen"):
         coresets.random(task, sequences=10**6, seed=0)
