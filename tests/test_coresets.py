@@ -109,9 +109,7 @@ def test_nearest_points():
 def test_k_means_takes_one_window_of_each_cluster(task, monkeypatch):
     """On well separated points every cluster is represented, by the window nearest to its mean."""
     points, cluster = make_blobs(len(candidates(task)), n_features=4, centers=6, cluster_std=0.05, random_state=0)
-    place = {tuple(c.tolist()): points[i] for i, c in enumerate(candidates(task))}
-    lookup = lambda self, model, pieces: np.stack([place[tuple(w.tolist())] for w in pieces])  # noqa: E731
-    monkeypatch.setattr(type(task), "hidden_means", lookup)
+    monkeypatch.setattr(type(task), "hidden_means", lambda self, model, pieces: points)
     expected = set()
     for c in range(6):
         members = np.flatnonzero(cluster == c)
