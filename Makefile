@@ -37,7 +37,7 @@ help:  ## this list
 
 install: $(STAMP)  ## make .venv with all pinned packages (3 to 10 min, once)
 
-$(STAMP): $(PINS)
+$(STAMP):
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
