@@ -49,15 +49,15 @@ reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 12 min
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
 	@$(BIN)/python -c "from foster_lib.tables import table2_folder as f; print((f('$(PROFILE)', '$(SPLIT)') / 'table2.md').read_text())"
 
-tune: $(STAMP)  ## search of the full-data reference on validation (DATASETS=ml-100k: about 40 min)
+tune: $(STAMP)  ## search of the full-data reference on validation (ML-100K: about 10 min)
 	@$(BIN)/python -m foster_lib.tune $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
 
-test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 6 min)
+test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 3 min)
 
-test-unit: $(STAMP)  ## unit tests only (about 2 min)
+test-unit: $(STAMP)  ## unit tests only (about 1 min)
 	@$(BIN)/python -m pytest tests
 
-test-notebooks: $(STAMP)  ## notebooks only (about 3 min)
+test-notebooks: $(STAMP)  ## notebooks only (about 2 min)
 	@$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
