@@ -87,7 +87,7 @@ def global_temporal(dataset: Dataset, validation_from: float = 0.8, test_from: f
     FosterError
         If the timestamps carry no time between users (only positions 0, 1, 2 …).
     """
-    if all(np.array_equal(t, np.arange(len(t))) for t in dataset.timestamps):
+    if not knows_time(dataset):
         raise FosterError(
             f"data set '{dataset.name}' knows only the order within each user, so a temporal split "
             "is not possible. Use the leave-one-out split."
@@ -100,6 +100,17 @@ def global_temporal(dataset: Dataset, validation_from: float = 0.8, test_from: f
         _span_queries(dataset, first, second),
         _span_queries(dataset, second, np.inf),
     )
+
+
+def knows_time(dataset: Dataset) -> bool:
+    """Whether timestamps are times of a clock, and not only positions 0, 1, 2 … within each user.
+
+    Positions have gaps where the k-core took an interaction out; they never repeat and stay near
+    the lengths, while times of a clock are larger by orders of magnitude.
+    """
+    longest = max(map(len, dataset.timestamps))
+    repeats = any((np.diff(time) == 0).any() for time in dataset.timestamps)
+    return bool(repeats or max(time[-1] for time in dataset.timestamps) >= 2 * longest)
 
 
 def _training_part(dataset: Dataset, kept: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -15,7 +15,7 @@ from foster_lib.datasets import EMBEDDED, Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.paths import results_dir, shown, write_atomically, write_text
-from foster_lib.splits import make_split
+from foster_lib.splits import knows_time, make_split
 
 BENCHMARKS = (EMBEDDED, "games", "foods", "yelp")
 
@@ -81,12 +81,9 @@ def statistics_row(dataset: Dataset, encoder: TextEncoder, split: str = "leave-o
 
 def equal_times_percent(dataset: Dataset) -> float:
     """Share of neighbours in the sequences that have the same timestamp; NaN where times only count interactions."""
-    equal = sum(int((np.diff(time) == 0).sum()) for time in dataset.timestamps)
-    # Times that count a user's interactions (0, 1, 2 …, with gaps where the k-core took one out)
-    # never repeat and stay near the lengths; times of a clock are larger by orders of magnitude.
-    longest = max(map(len, dataset.timestamps))
-    if not equal and max(time[-1] for time in dataset.timestamps) < 2 * longest:
+    if not knows_time(dataset):
         return float("nan")
+    equal = sum(int((np.diff(time) == 0).sum()) for time in dataset.timestamps)
     neighbours = sum(len(time) - 1 for time in dataset.timestamps)
     return round(100 * equal / neighbours, 2)
 

@@ -89,11 +89,11 @@ def test_temporal_split_never_looks_past_the_cut(dataset, cuts):
 
 
 def test_temporal_split_by_hand():
-    """Cuts at 5 and 8: user 1 skips the validation span, user 2 has no past, user 3 is never seen again."""
-    times = [[0, 4, 5, 6, 8], [1, 2, 9], [7, 9], [0, 1, 2]]
+    """Cuts at 50 and 70: user 1 skips the validation span, user 2 has no past, user 3 is never seen again."""
+    times = [[0, 40, 50, 60, 80], [10, 20, 90], [70, 90], [0, 10, 20]]
     data = make_dataset([[0, 1, 2, 3, 4], [4, 3, 2], [1, 0], [2, 4, 1]], times)
     split = global_temporal(data, 0.6, 0.8)  # the sorted times' entries 7 and 9
-    assert np.sort(np.concatenate(times))[[7, 9]].tolist() == [5, 7]
+    assert np.sort(np.concatenate(times))[[7, 9]].tolist() == [50, 70]
     assert [s.tolist() for s in split.train] == [[0, 1], [4, 3], [2, 4, 1]]
     assert (split.validation.users.tolist(), split.validation.targets.tolist()) == ([0], [2])
     assert (split.test.users.tolist(), split.test.targets.tolist()) == ([0, 1], [4, 2])
@@ -101,10 +101,11 @@ def test_temporal_split_by_hand():
 
 
 def test_temporal_split_needs_real_time():
-    """Timestamps that are only positions are refused; one user with real time is enough."""
+    """Timestamps that are only positions are refused, with the k-core's gaps too; one user with real time is enough."""
     sequences = [[0, 1, 2, 3], [3, 2, 1], [1, 0, 2, 3, 1]]
-    with pytest.raises(FosterError, match="'hand' knows only the order within each user"):
-        global_temporal(make_dataset(sequences))
+    for positions in (None, [[0, 1, 3, 4], [1, 2, 4], [0, 2, 3, 5, 6]]):
+        with pytest.raises(FosterError, match="'hand' knows only the order within each user"):
+            global_temporal(make_dataset(sequences, positions))
     global_temporal(make_dataset(sequences, [[0, 1, 2, 3], [0, 1, 2], [0, 0, 1, 2, 7]]), 0.5, 0.7)
 
 
