@@ -7,6 +7,8 @@ SPLIT    ?=
 JOBS     ?=
 DEVICE   ?=
 FRESH    ?=
+SOURCE   ?=
+ARGS     ?=
 PYTHON   ?= $(shell command -v python3.11 || command -v python3)
 
 VENV  := .venv
@@ -25,7 +27,7 @@ export PYTHONPATH = $(CURDIR)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-table2 tune test test-unit test-notebooks lab lint clean
+.PHONY: help install data reproduce-table1 reproduce-table2 tune test test-unit test-notebooks lab lint clean
 
 help:  ## this list
 	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
@@ -44,6 +46,13 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	@touch $@
+
+data: $(STAMP)  ## DATASETS=games: official files (downloaded, or SOURCE=path) to the form that is read
+	@test -n "$(DATASETS)" || { echo "error: name the data set, e.g. make data DATASETS=games, or see make data ARGS=--help DATASETS=games"; exit 2; }
+	@$(BIN)/python -m foster_lib.prepare $(firstword $(DATASETS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FRESH),--overwrite) $(ARGS)
+
+reproduce-table1: $(STAMP)  ## Table 1, statistics of the data sets at hand (about 20 s)
+	@$(BIN)/python -m foster_lib.statistics $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(SPLIT),--split "$(SPLIT)")
 
 reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min, 2 cores; again: seconds)
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)

@@ -39,7 +39,6 @@ collect_ignore = [
             "toy",
             "unrolled",
         ),
-        *("download", "prepare", "source_tables", "source_texts", "sources", "statistics"),
     )
 ]
 

@@ -21,4 +21,4 @@ def test_environment_yml_holds_the_pins_of_requirements_txt():
 def test_every_declared_dependency_is_pinned():
     declared = re.search(r"dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL).group(1)
     pinned = {pin.split("==")[0] for pin in pins((ROOT / "requirements.txt").read_text().splitlines())}
-    assert set(re.findall(r'"([a-z0-9-]+)"', declared)) <= pinned
+    assert set(re.findall(r'"([A-Za-z0-9-]+)"', declared)) <= pinned
