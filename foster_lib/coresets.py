@@ -1,7 +1,8 @@
 """Coresets: real training windows that stand for all of them.
 
 Each function returns `SyntheticSequences` of real items with real next items; `with_labels` puts
-a teacher's probabilities in the place of the next items.
+a teacher's probabilities in the place of the next items. More rules of choice stand in
+`selection`, `scores`, `dealrec` and `goracs`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def candidates(task: Task) -> list[np.ndarray]:
 
 def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Users drawn uniformly without replacement."""
-    pool = _checked_pool(task, sequences)
-    return _select(task, pool, np.random.default_rng(seed).choice(len(pool), size=sequences, replace=False))
+    pool = checked_pool(task, sequences)
+    return select(task, pool, np.random.default_rng(seed).choice(len(pool), size=sequences, replace=False))
 
 
 def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -34,17 +35,17 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     Distance is Euclidean between mean hidden states of the untrained, warm-started model; the
     first window is drawn at random.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     points = task.hidden_means(task.new_model(seed).eval(), pool)
-    return _select(task, pool, farthest_points(points, sequences, seed))
+    return select(task, pool, farthest_points(points, sequences, seed))
 
 
 def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     points = task.hidden_means(task.teacher, pool)
     centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
-    return _select(task, pool, nearest_points(points, centroids))
+    return select(task, pool, nearest_points(points, centroids))
 
 
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -89,12 +90,14 @@ def nearest_points(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.array(chosen)
 
 
-def _checked_pool(task: Task, sequences: int) -> list[np.ndarray]:
+def checked_pool(task: Task, sequences: int) -> list[np.ndarray]:
+    """`candidates`; raises `FosterError` if there are fewer than `sequences`."""
     pool = candidates(task)
     if not 0 < sequences <= len(pool):
         raise FosterError(f"{sequences} sequences cannot be chosen from those of {len(pool)} users.")
     return pool
 
 
-def _select(task: Task, pool: list[np.ndarray], chosen: np.ndarray) -> SyntheticSequences:
+def select(task: Task, pool: list[np.ndarray], chosen: np.ndarray) -> SyntheticSequences:
+    """The `chosen` windows of the pool."""
     return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length)

@@ -26,11 +26,10 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from tqdm.auto import tqdm
 
-from foster_lib.coresets import _checked_pool
+from foster_lib.coresets import checked_pool, select
 from foster_lib.errors import FosterError
 from foster_lib.sasrec import SASRec
 from foster_lib.scores import gradient_norms
-from foster_lib.selection import pick
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import make_batch
@@ -40,7 +39,6 @@ def dealrec(
     task: Task,
     sequences: int,
     seed: int,
-    labels: str = "hard",
     effort: float = 1.0,
     strata: int = 50,
     prune: float = 0.1,
@@ -54,8 +52,6 @@ def dealrec(
 
     Parameters
     ----------
-    labels : str
-        `hard`: real next items; `teacher`: probabilities of the full-data teacher.
     effort : float
         λ (in the paper 0.3 on Games, 1.0 elsewhere).
     strata : int
@@ -65,7 +61,7 @@ def dealrec(
     damping, scale, depth, batch_size
         Of `lissa`; windows per step.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     generator = np.random.default_rng(seed)
     influences = influence(
         task.teacher, pool, generator, damping=damping, scale=scale, depth=depth, size=batch_size, progress=progress
@@ -74,7 +70,7 @@ def dealrec(
     efforts = gradient_norms(task.new_model(seed).eval(), pool) / lengths
     scores = unit_range(influences) + effort * unit_range(efforts)
     kept = np.argsort(-scores, kind="stable")[min(int(prune * len(pool)), len(pool) - sequences) :]
-    return pick(task, pool, kept[stratified(scores[kept], sequences, strata, generator)], labels)
+    return select(task, pool, kept[stratified(scores[kept], sequences, strata, generator)])
 
 
 # -------------------------------------------------------------------------------- influence

@@ -20,9 +20,9 @@ import ot
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from foster_lib.coresets import _checked_pool
+from foster_lib.coresets import checked_pool, select
 from foster_lib.scores import gradient_norms
-from foster_lib.selection import pick, text_means
+from foster_lib.selection import text_means
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
@@ -31,7 +31,6 @@ def goracs(
     task: Task,
     sequences: int,
     seed: int,
-    labels: str = "hard",
     gradient_weight: float = 0.1,
     exchanges: int = 100,
     shortlist: int = 30,
@@ -43,8 +42,6 @@ def goracs(
 
     Parameters
     ----------
-    labels : str
-        `hard`: real next items; `teacher`: probabilities of the full-data teacher.
     gradient_weight : float
         λ.
     exchanges : int
@@ -54,7 +51,7 @@ def goracs(
     windows, targets : int
         Where there are more windows or validation sequences, as many are drawn at random.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     generator = np.random.default_rng(seed)
     some = np.sort(generator.permutation(len(pool))[: max(windows, sequences)])
     queries = np.sort(generator.permutation(len(task.validation))[:targets])
@@ -67,7 +64,7 @@ def goracs(
     gradients = gradient_norms(task.new_model(seed).eval(), pool) / lengths
     cost = distance / distance.max() - gradient_weight * (gradients / gradients.max())[:, None]
     start = greedy_start(cost, sequences)
-    return pick(task, pool, exchange(cost, start, exchanges, shortlist, progress)[0], labels)
+    return select(task, pool, exchange(cost, start, exchanges, shortlist, progress)[0])
 
 
 def transport(cost: np.ndarray, chosen: np.ndarray) -> tuple[float, np.ndarray]:

@@ -8,9 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
-from foster_lib import coresets, foster, references
+from foster_lib import (
+    coresets,
+    dconrec,
+    dealrec,
+    farzi,
+    foster,
+    goracs,
+    linear,
+    matching,
+    references,
+    scores,
+    selection,
+    td3,
+)
 from foster_lib.errors import check_known
 
 
@@ -19,7 +32,9 @@ class Method:
     """A row.
 
     function : what is called; title : how tables name it; condenses : returns sequences for a
-    student; needs_teacher : reads the full-data run of the same seed; seeded : differs by seed.
+    student; needs_teacher : reads the full-data run of the same seed; seeded : differs by seed;
+    labelled : the teacher's labels then take the place of real next items; settings : dataclass
+    whose fields the function takes as parameters.
     """
 
     function: Callable
@@ -27,18 +42,55 @@ class Method:
     condenses: bool = True
     needs_teacher: bool = False
     seeded: bool = True
+    labelled: bool = False
+    settings: type | None = None
 
 
-METHODS: dict[str, Method] = {
+REFERENCES = {
     "full": Method(references.full, "Full data", condenses=False, needs_teacher=True),
+    "sasrec-id": Method(linear.sasrec_id, "Full data, ids without text", condenses=False),
     "untrained": Method(references.untrained, "Untrained (text similarity)", condenses=False),
+    "text-knn": Method(linear.text_knn, "Text-kNN (whole history)", condenses=False, seeded=False),
     "popularity": Method(references.popularity, "Popularity", condenses=False, seeded=False),
     "item-knn": Method(references.item_knn, "Item-kNN", condenses=False, seeded=False),
-    "random": Method(coresets.random, "Random"),
-    "k-center": Method(coresets.k_center, "K-Center"),
-    "kd": Method(coresets.kd, "KD (k-means + teacher's labels)", needs_teacher=True),
-    "foster": Method(foster.foster, "FOSTER", needs_teacher=True),
+    "ease": Method(linear.ease, "EASE", condenses=False, seeded=False),
 }
+
+CORESETS = {
+    "random": Method(coresets.random, "Random"),
+    "longest": Method(selection.longest, "Longest"),
+    "herding": Method(selection.herding, "Herding"),
+    "k-center": Method(coresets.k_center, "K-Center"),
+    "k-means": Method(coresets.k_means, "k-means", needs_teacher=True),
+    "medoids": Method(selection.cluster_medoids, "Cluster medoids (TF-DCon)"),
+    "grand": Method(scores.grand, "GraNd", needs_teacher=True),
+    "el2n": Method(scores.el2n, "EL2N", needs_teacher=True),
+    "forgetting": Method(scores.forgetting, "Forgetting", needs_teacher=True),
+    "dealrec": Method(dealrec.dealrec, "DEALRec", needs_teacher=True),
+    "goracs": Method(goracs.goracs, "GORACS"),
+}
+
+# Soft labels alone are worth much at twenty sequences, so every coreset has them too; k-means with
+# labels is KD, the row that FOSTER starts from.
+LABELLED = {
+    f"{name}-kd": replace(method, title=f"{method.title} + labels", needs_teacher=True, labelled=True)
+    for name, method in CORESETS.items()
+    if name != "k-means"
+}
+LABELLED["kd"] = Method(coresets.kd, "KD (k-means + teacher's labels)", needs_teacher=True)
+
+DISTILLATION = {
+    "dconrec": Method(dconrec.dconrec, "DConRec", needs_teacher=True),
+    "gradient-matching": Method(matching.gradient_matching, "Gradient matching (DC)", needs_teacher=True),
+    "distribution-matching": Method(matching.distribution_matching, "Distribution matching (DM)", needs_teacher=True),
+    "trajectory-matching": Method(matching.trajectory_matching, "Trajectory matching (MTT)", needs_teacher=True),
+    "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings),
+    "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings),
+    "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
+}
+
+METHODS: dict[str, Method] = {**REFERENCES, **CORESETS, **LABELLED, **DISTILLATION}
+"""In the order of the table."""
 
 
 def get_method(name: str) -> Method:
@@ -49,10 +101,9 @@ def get_method(name: str) -> Method:
 
 def check_parameters(name: str, parameters: dict) -> None:
     """Raise `FosterError` if a method does not know one of its configured parameters."""
-    function = get_method(name).function
-    known = set(inspect.signature(function).parameters) - {"task", "sequences", "seed"}
-    if function is foster.foster:
-        known |= set(foster.FosterSettings.__dataclass_fields__)
-    known -= {"parameters", "progress"}
+    method = get_method(name)
+    known = set(inspect.signature(method.function).parameters) - {"task", "sequences", "seed", "parameters", "progress"}
+    if method.settings:
+        known |= {field.name for field in fields(method.settings)}
     for key in parameters:
         check_known(key, known, f"parameter of method '{name}':")

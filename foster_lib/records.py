@@ -38,6 +38,26 @@ def code_fingerprint(*modules: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def modules_behind(module: str) -> list[str]:
+    """`module` and what it imports from this library, directly or not, besides the core and `errors`."""
+    found, waiting = set(), {module}
+    while waiting:
+        found |= waiting
+        waiting = {imported for name in waiting for imported in _imports_of(name)} - found
+    return sorted(found)
+
+
+@functools.cache
+def _imports_of(module: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_code_of(module))):
+        if isinstance(node, ast.ImportFrom) and node.module == "foster_lib":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("foster_lib."):
+            names.add(node.module.split(".")[1])
+    return names - {*CORE_MODULES, "errors"}
+
+
 @functools.cache
 def _code_of(module: str) -> str:
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))

@@ -14,13 +14,22 @@ from typing import Any
 import torch
 
 from foster_lib.config import EncoderSettings, Settings
+from foster_lib.coresets import with_labels
 from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.methods import check_parameters, get_method
 from foster_lib.paths import cache_dir, results_dir
 from foster_lib.recipes import train_full, train_student
-from foster_lib.records import code_fingerprint, content_key, environment, manifest_path, read_manifest, write_manifest
+from foster_lib.records import (
+    code_fingerprint,
+    content_key,
+    environment,
+    manifest_path,
+    modules_behind,
+    read_manifest,
+    write_manifest,
+)
 from foster_lib.splits import Split, make_split
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
@@ -34,18 +43,22 @@ class Run:
     method: str
     seed: int
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's own; a coreset with labels has those of the coreset."""
+        return self.settings.methods.get(self.method.removesuffix("-kd"), {})
+
     def description(self) -> dict[str, Any]:
         """Resolved settings that this run depends on, and no others."""
         settings, method = self.settings, get_method(self.method)
-        parameters = settings.methods.get(self.method, {})
-        check_parameters(self.method, parameters)
+        check_parameters(self.method, self.parameters)
         described = {
             "dataset": settings.dataset,
             "split": settings.split,
             "encoder": asdict(settings.encoder),
             "model": asdict(settings.model),
             "method": self.method,
-            "parameters": parameters,
+            "parameters": self.parameters,
             "seed": self.seed if method.seeded else 0,
         }
         if method.needs_teacher:
@@ -53,14 +66,20 @@ class Run:
         if method.condenses:
             described["sequences"] = settings.sequences
             described["student"] = asdict(settings.student)
+        if method.labelled:
+            described["labels"] = "teacher"
         return described
 
     @property
     def key(self) -> str:
-        modules = _modules_of(self.method)
-        return content_key(
-            {**self.description(), "data": load_once(self.settings.dataset).sha256, "code": code_fingerprint(*modules)}
-        )
+        return content_key({**self.description(), "data": load_once(self.settings.dataset).sha256, "code": self.code})
+
+    @property
+    def code(self) -> str:
+        """Fingerprint of the library's modules that the result depends on."""
+        method = get_method(self.method)
+        modules = modules_behind(method.function.__module__.rpartition(".")[2])
+        return code_fingerprint(*modules, *(["coresets"] if method.labelled else []))
 
     @property
     def path(self) -> Path:
@@ -84,17 +103,19 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     settings, method = run.settings, get_method(run.method)
     split, task = _split(settings.dataset, settings.split), make_task(run, device)
     label = f"{settings.dataset} {run.method} seed {run.seed}"
-    parameters = settings.methods.get(run.method, {})
+    parameters = run.parameters
     if "progress" in inspect.signature(method.function).parameters:
         parameters = {**parameters, "progress": label if progress else ""}
     start = time.perf_counter()
     outcome = method.function(task, sequences=settings.sequences, seed=run.seed, **parameters)
+    if method.labelled:
+        outcome = with_labels(task, outcome)
     seconds = {"distillation": round(time.perf_counter() - start, 2), "training": 0.0}
     details: dict[str, Any] = {}
     if isinstance(outcome, SyntheticSequences):
         outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
         # The student reads what is on disk, rounding included: the file is the result.
-        stored = SyntheticSequences.load(run.distilled_path)
+        stored = type(outcome).load(run.distilled_path)
         model, log = train_student(task, stored, settings, run.seed, f"{label}, student" if progress else "")
         score = recommender_scorer(model)
         seconds["training"] = round(log.seconds, 2)
@@ -112,7 +133,7 @@ def run_one(run: Run, device: str, progress: bool) -> str:
         **run.description(),
         "profile": settings.profile,
         "key": run.key,
-        "code": code_fingerprint(*_modules_of(run.method)),
+        "code": run.code,
         "data": {"sha256": task.dataset.sha256, **task.dataset.statistics()},
         "details": details,
         "seconds": seconds,
@@ -174,12 +195,6 @@ def load_catalogue(dataset: str, encoder: EncoderSettings, device: str) -> torch
     """Text embeddings of a data set's items, from the cache on disk after the first call."""
     loaded = TextEncoder.load(encoder.name, allow_download=encoder.allow_download)
     return loaded.catalogue(load_once(dataset).texts, encoder.tuned_layers, device)
-
-
-def _modules_of(method: str) -> list[str]:
-    """Library modules that a method's result depends on besides the core."""
-    own = get_method(method).function.__module__.rpartition(".")[2]
-    return [own, "subsets", "coresets"] if own == "foster" else [own]
 
 
 def _peak_memory(device: str) -> int:

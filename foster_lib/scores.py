@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foster_lib.coresets import _checked_pool
+from foster_lib.coresets import checked_pool, select
 from foster_lib.errors import check_known
 from foster_lib.sasrec import SASRec
-from foster_lib.selection import highest, pick
+from foster_lib.selection import highest
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import make_batch
@@ -36,7 +36,6 @@ def grand(
     task: Task,
     sequences: int,
     seed: int,
-    labels: str = "hard",
     epochs: int = 5,
     per: str = "sequence",
     keep: str = "hardest",
@@ -45,8 +44,6 @@ def grand(
 
     Parameters
     ----------
-    labels : str
-        `hard`: real next items; `teacher`: probabilities of the full-data teacher.
     epochs : int
         The early models are the checkpoints of full-data training after epochs 1 … `epochs`.
     per : str
@@ -55,31 +52,29 @@ def grand(
         `hardest`, as in the paper, or `easiest`, which is better where little can be kept
         (Sorscher et al., 2022).
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     scores = np.mean([gradient_norms(model, pool) for model in checkpoints(task, epochs)], axis=0)
-    return _rank(task, pool, scores, sequences, seed, labels, per, keep)
+    return _rank(task, pool, scores, sequences, seed, per, keep)
 
 
 def el2n(
     task: Task,
     sequences: int,
     seed: int,
-    labels: str = "hard",
     epochs: int = 5,
     per: str = "sequence",
     keep: str = "hardest",
 ) -> SyntheticSequences:
     """Norm of the error (EL2N; Paul et al., 2021), averaged over several early models; see `grand`."""
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     scores = np.mean([error_norms(model, pool) for model in checkpoints(task, epochs)], axis=0)
-    return _rank(task, pool, scores, sequences, seed, labels, per, keep)
+    return _rank(task, pool, scores, sequences, seed, per, keep)
 
 
 def forgetting(
     task: Task,
     sequences: int,
     seed: int,
-    labels: str = "hard",
     top: int = 10,
     per: str = "sequence",
     keep: str = "hardest",
@@ -92,13 +87,13 @@ def forgetting(
     the sum over a sequence infinity is one more than any learned target can reach. Targets alone
     keep the order of the paper.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     learned = np.stack([target_ranks(model, pool) < top for model in checkpoints(task)])
     events = forgetting_events(learned)
     events[np.isinf(events)] = len(learned) // 2 + 1
     ends = np.cumsum([len(piece) - 1 for piece in pool])
     scores = np.array([part.sum() for part in np.split(events, ends[:-1])])
-    return _rank(task, pool, scores, sequences, seed, labels, per, keep)
+    return _rank(task, pool, scores, sequences, seed, per, keep)
 
 
 # ------------------------------------------------------------------------------- scores
@@ -188,10 +183,10 @@ def _errors(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _rank(
-    task: Task, pool: list[np.ndarray], scores: np.ndarray, count: int, seed: int, labels: str, per: str, keep: str
+    task: Task, pool: list[np.ndarray], scores: np.ndarray, count: int, seed: int, per: str, keep: str
 ) -> SyntheticSequences:
     check_known(per, PER, "unit")
     check_known(keep, KEEP, "end of the scale")
     if per == "target":
         scores = scores / np.array([len(piece) - 1 for piece in pool])
-    return pick(task, pool, highest(scores if keep == "hardest" else -scores, count, seed), labels)
+    return select(task, pool, highest(scores if keep == "hardest" else -scores, count, seed))

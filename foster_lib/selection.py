@@ -1,8 +1,6 @@
 """Coresets that need no training at all: longest, herding, medoids of user clusters.
 
-Each function returns real windows as `SyntheticSequences`. With `labels="teacher"` the hard next
-items are replaced by the full-data teacher's probabilities (`coresets.with_labels`); only that
-step reads the teacher, the selection never does.
+Each function returns real windows as `SyntheticSequences`, with real next items.
 """
 
 from __future__ import annotations
@@ -12,40 +10,32 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
-from foster_lib.coresets import _checked_pool, _select, with_labels
-from foster_lib.errors import FosterError, check_known
+from foster_lib.coresets import checked_pool, select
+from foster_lib.errors import FosterError
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
-LABELS = ("hard", "teacher")
 
-
-def longest(task: Task, sequences: int, seed: int, labels: str = "hard") -> SyntheticSequences:
-    """The users with most training interactions; equal numbers in random order.
-
-    Parameters
-    ----------
-    labels : str
-        `hard`: real next items; `teacher`: probabilities of the full-data teacher.
-    """
-    pool = _checked_pool(task, sequences)
+def longest(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """The users with most training interactions; equal numbers in random order."""
+    pool = checked_pool(task, sequences)
     lengths = np.array([len(sequence) for sequence in task.train], dtype=float)
-    return pick(task, pool, highest(lengths, sequences, seed), labels)
+    return select(task, pool, highest(lengths, sequences, seed))
 
 
-def herding(task: Task, sequences: int, seed: int, labels: str = "hard") -> SyntheticSequences:
+def herding(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows whose running mean follows the mean of all windows (Welling, 2009).
 
     Points are mean hidden states of the untrained, warm-started model, as in K-Center: the space
     that a student starts in, free of training, and whitened, so that the few directions in which
     all texts of a catalogue agree do not decide the distances.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     points = task.hidden_means(task.new_model(seed).eval(), pool)
-    return pick(task, pool, herd(points, sequences), labels)
+    return select(task, pool, herd(points, sequences))
 
 
-def cluster_medoids(task: Task, sequences: int, seed: int, labels: str = "hard") -> SyntheticSequences:
+def cluster_medoids(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """One real user for each cluster of users with similar interests.
 
     The training-free idea of TF-DCon (Wu et al., arXiv 2310.09874: cluster users by interest,
@@ -53,12 +43,12 @@ def cluster_medoids(task: Task, sequences: int, seed: int, labels: str = "hard")
     the mean text embedding of the window, k-means clusters the users, and the cluster's medoid
     stands for it instead of a generated user.
     """
-    pool = _checked_pool(task, sequences)
+    pool = checked_pool(task, sequences)
     points = text_means(task, pool)
     cluster = KMeans(sequences, n_init=4, random_state=seed).fit(points).labels_
     if len(np.unique(cluster)) < sequences:
         raise FosterError(f"fewer than {sequences} users differ in their texts: ask for fewer sequences.")
-    return pick(task, pool, medoids(points, cluster), labels)
+    return select(task, pool, medoids(points, cluster))
 
 
 # ------------------------------------------------------------------------- rules on points
@@ -112,10 +102,3 @@ def text_means(task: Task, pieces: list[np.ndarray]) -> np.ndarray:
     weight = np.concatenate([np.full(len(piece), 1 / len(piece), np.float32) for piece in pieces])
     shape = (len(pieces), len(embeddings))
     return sparse.csr_matrix((weight, (rows, np.concatenate(pieces))), shape=shape) @ embeddings
-
-
-def pick(task: Task, pool: list[np.ndarray], chosen: np.ndarray, labels: str) -> SyntheticSequences:
-    """The chosen windows of the pool, with hard next items or with the teacher's labels."""
-    check_known(labels, LABELS, "labels")
-    selected = _select(task, pool, chosen)
-    return with_labels(task, selected) if labels == "teacher" else selected

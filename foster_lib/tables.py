@@ -83,7 +83,7 @@ def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
             "Method": get_method(method).title,
             "Sequences": str(long.loc[(method, "ndcg@10"), "sequences"] or "all"),
         }
-        if method in ("untrained", "popularity"):
+        if method in ("untrained", "text-knn"):
             row["Sequences"] = "–"
         for metric, title in zip(HEADLINE, ("NDCG@10", "Recall@10")):
             cell = long.loc[(method, metric)]

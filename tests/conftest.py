@@ -22,26 +22,6 @@ from foster_lib.training import RealSequences, TrainSettings, train
 USERS, ITEMS = 60, 40
 SMALL = ModelSettings(width=16, layers=1, heads=2, length=6, dropout=0.1)
 
-# Parts that are written but not yet wired into the pinned environment and the table of methods.
-collect_ignore = [
-    f"test_{part}.py"
-    for part in (
-        *(
-            "dconrec",
-            "dealrec",
-            "farzi",
-            "goracs",
-            "linear",
-            "matching",
-            "scores",
-            "selection",
-            "td3",
-            "toy",
-            "unrolled",
-        ),
-    )
-]
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):

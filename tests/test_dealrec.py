@@ -168,10 +168,8 @@ def test_dealrec_prunes_the_top_and_covers_the_rest(task, monkeypatch):
 
 
 def test_dealrec_as_a_whole(task):
-    """Distinct windows, repeatable, with either kind of labels; a tight budget leaves nothing to cut."""
+    """Distinct windows, repeatable; a tight budget leaves nothing to cut."""
     options = dict(depth=5, batch_size=4)
     first, second = (dealrec(task, 8, 3, **options) for _ in range(2))
     assert rows(first) == rows(second) and len(set(rows(first))) == 8
-    soft = dealrec(task, 8, 3, labels="teacher", **options)
-    assert torch.equal(soft.items, first.items) and soft.labels is not None
     assert len(dealrec(task, len(task.train), 3, **options)) == len(task.train)

@@ -227,7 +227,7 @@ def test_trajectory_matching_against_finite_differences(double, adam):
         return trajectory_distance(unroll(model, begin, batch_of(x, y), 2, rate, adam), target, begin)
 
     # Adam's first step is almost a sign: entries with tiny gradients bend within the difference.
-    check_by_differences(distance, (x, y, rate), step=1e-7 if adam else 1e-5)
+    check_by_differences(distance, (x, y, rate), step=3e-8 if adam else 1e-5)
 
 
 def test_a_short_trajectory_is_refused(task):
@@ -261,7 +261,7 @@ def test_each_objective_falls(task, kind):
         task,
         coresets.kd(task, 3, seed=0),
         objective,
-        iterations=15 if kind == "trajectory" else 40,
+        iterations=40,
         seed=0,
         rates=RATES,
     )
@@ -281,7 +281,7 @@ def test_the_learned_step_size_moves(task):
         also=[beside],
         rates=RATES,
     )
-    assert 1.15 < float(beside) < 1.25  # 20 steps of Adam at rate 0.01 towards 2
+    assert 1.15 < float(beside.detach()) < 1.25  # 20 steps of Adam at rate 0.01 towards 2
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)

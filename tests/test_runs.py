@@ -29,6 +29,19 @@ from foster_lib.training import TrainSettings
 from tests.conftest import SMALL, make_tables, write_tables
 
 
+QUICK = {
+    "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
+    "sasrec-id": {"epochs": 2},
+    "dconrec": {"iterations": 2, "added": 1},
+    "dealrec": {"depth": 3},
+    "gradient-matching": {"iterations": 2, "subset": 16},
+    "distribution-matching": {"iterations": 2, "subset": 16},
+    "trajectory-matching": {"iterations": 1, "subset": 16, "steps": 1, "expert_epochs": 1},
+    "farzi": {"outer_steps": 2, "inner_steps": 2},
+    "td3": {"outer_steps": 2, "inner_steps": 2, "window": 1},
+}
+
+
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """A profile for the tiny data set; results go to the test's own folder."""
@@ -46,7 +59,7 @@ def settings(tmp_path, monkeypatch):
         model=SMALL,
         full=TrainSettings(learning_rate=1e-2, epochs=3, batch_size=16),
         student=StudentSettings(epochs=4, validate_every=2),
-        methods={"foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1}},
+        methods=QUICK,
     )
 
 

@@ -11,10 +11,10 @@ from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
 
 from foster_lib import selection
-from foster_lib.coresets import candidates, with_labels
+from foster_lib.coresets import candidates, select
 from foster_lib.encoder import FrozenCatalogue
 from foster_lib.errors import FosterError
-from foster_lib.selection import herd, highest, medoids, pick, text_means
+from foster_lib.selection import herd, highest, medoids, text_means
 
 METHODS = [selection.longest, selection.herding, selection.cluster_medoids]
 
@@ -42,19 +42,8 @@ def test_selections_are_distinct_windows_and_follow_their_seed(task, method):
     assert len(available) == len(candidates(task)) - 12
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
-def test_teacher_labels_change_no_selection(task, method):
-    """The same windows, hard or with the teacher's probabilities."""
-    hard, soft = method(task, 6, 0), method(task, 6, 0, labels="teacher")
-    assert hard.labels is None
-    assert torch.equal(hard.items, soft.items)
-    torch.testing.assert_close(soft.labels, with_labels(task, hard).labels)
-
-
 def test_errors_name_the_remedy(task):
-    """Unknown labels, an impossible budget and users of equal texts."""
-    with pytest.raises(FosterError, match="Did you mean 'teacher'"):
-        selection.longest(task, 3, 0, labels="teachers")
+    """An impossible budget and users of equal texts."""
     with pytest.raises(FosterError, match="cannot be chosen"):
         selection.herding(task, 10**6, 0)
     alike = replace(task, catalogue=FrozenCatalogue(torch.zeros(task.n_items, 4)))
@@ -150,7 +139,7 @@ def test_text_means_include_the_last_item_and_repeats(task):
     np.testing.assert_allclose(text_means(task, pieces), expected.numpy(), atol=1e-6)
 
 
-def test_pick_keeps_the_order(task):
+def test_select_keeps_the_order(task):
     """Windows stand in the order in which they were chosen."""
     pool = candidates(task)
-    assert rows(pick(task, pool, np.array([9, 2, 5]), "hard")) == [tuple(pool[i].tolist()) for i in (9, 2, 5)]
+    assert rows(select(task, pool, np.array([9, 2, 5]))) == [tuple(pool[i].tolist()) for i in (9, 2, 5)]
