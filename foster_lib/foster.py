@@ -141,7 +141,9 @@ class Pair:
         self.theta.reset(checkpoint)
         self.served = 0
 
-    def fit(self, batch: SyntheticBatch, draw_windows: Callable[[], Batch], teacher: SASRec) -> tuple[float, float]:
+    def fit(
+        self, batch: SyntheticBatch, draw_windows: Callable[[], Batch], teacher: SASRec | None
+    ) -> tuple[float, float]:
         """W steps each, S held fixed: φ on L_syn, θ on (L_real + λ L_syn) / (1 + λ).
 
         Parameters
@@ -150,8 +152,8 @@ class Pair:
             Detached from S.
         draw_windows : callable
             Draws real windows, anew for each step of θ.
-        teacher : SASRec
-            Labels them in L_real.
+        teacher : SASRec or None
+            Labels them in L_real; without one their real next items are the targets.
 
         Returns
         -------
@@ -161,8 +163,9 @@ class Pair:
 
         def joint_loss(model: SASRec, windows: Batch) -> Tensor:
             nonlocal outer
-            bank = FeatureBank(model, batch.subset.items, batch.anchors, windows.inputs)
-            real = real_loss(model, windows, batch.subset, teacher, bank)
+            subset = batch.subset if teacher else batch.subset.including(windows.targets)
+            bank = FeatureBank(model, subset.items, batch.anchors, windows.inputs)
+            real = real_loss(model, windows, subset, teacher, bank)
             outer = float(real.detach())
             return (real + weight * synthetic_loss(model, batch, bank)) / (1 + weight)
 
@@ -203,7 +206,9 @@ def cooccurrence_regulariser(p: Tensor, y: Tensor, similarity: Tensor, neighbour
 
 
 class Synthesizer:
-    """The learnable tensors of S with their optimiser."""
+    """The learnable tensors of S with their optimiser; another form of S is a subclass (`tied`)."""
+
+    reads_teacher = True  # in L_real
 
     def __init__(self, start: SyntheticSequences, embeddings: Tensor, settings: FosterSettings):
         if start.labels is None:
@@ -226,6 +231,10 @@ class Synthesizer:
     @property
     def tensors(self) -> list[Tensor]:
         return [self.z_x, self.bonus, self.z_y]
+
+    def subset(self, drawn: Subset) -> Subset:
+        """What S reads of the catalogue when `drawn` was drawn, its anchors aside."""
+        return drawn
 
     def batch(self, subset: Subset) -> SyntheticBatch:
         """S over the subset, differentiable."""
@@ -276,14 +285,21 @@ def synthetic_gradient(
 
 
 def distill(
-    task: Task, start: SyntheticSequences, settings: FosterSettings, *, seed: int, progress: str = "", on_iteration=None
+    task: Task,
+    start: SyntheticSequences,
+    settings: FosterSettings,
+    *,
+    seed: int,
+    progress: str = "",
+    on_iteration=None,
+    synthesizer: type[Synthesizer] = Synthesizer,
 ) -> tuple[SyntheticSequences, dict[str, list[float]]]:
-    """Run the algorithm from labelled sequences `start`.
+    """Run the algorithm from the sequences `start`, which must be of the form that `synthesizer` learns.
 
     Parameters
     ----------
     task : Task
-        With a teacher and a trajectory of full-data training.
+        With a trajectory of full-data training, and a teacher if S reads one.
     seed : int
         Of subsets, windows and resets.
     progress : str
@@ -296,8 +312,9 @@ def distill(
     SyntheticSequences, and the course of the losses `inner`, `outer`, `gap`, `regulariser`.
     """
     generator = np.random.default_rng(seed)
-    trajectory, teacher = task.trajectory[: settings.checkpoints], task.teacher
-    synthetic = Synthesizer(start.to(task.device), task.embeddings, settings)
+    trajectory = task.trajectory[: settings.checkpoints]
+    teacher = task.teacher if synthesizer.reads_teacher else None
+    synthetic = synthesizer(start.to(task.device), task.embeddings, settings)
     pool = [Pair(task, settings, seed) for _ in range(settings.pool)]
     for number, pair in enumerate(pool):
         pair.reset(trajectory[generator.integers(len(trajectory))])
@@ -309,7 +326,7 @@ def distill(
         if pair.served == settings.reset_every:
             pair.reset(trajectory[generator.integers(len(trajectory))])
         pair.served += 1
-        subset = sample_subset(task.n_items, settings.subset, generator).to(task.device)
+        subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
         batch = synthetic.batch(subset)
 
         def draw_windows() -> Batch:

@@ -29,7 +29,7 @@ from foster_lib import coresets
 from foster_lib.errors import FosterError, check_known
 from foster_lib.foster import FosterSettings, Learner, Synthesizer
 from foster_lib.sasrec import SASRec
-from foster_lib.subsets import FeatureBank, Subset, SyntheticBatch, sample_subset, synthetic_loss
+from foster_lib.subsets import FeatureBank, Subset, SyntheticBatch, logits, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import Batch, make_batch, soft_cross_entropy
@@ -124,9 +124,8 @@ def draw_real(
     real = make_batch([task.windows[i] for i in drawn]).to(task.device)
     items = sample_subset(task.n_items, subset, generator).to(task.device)
     if not soft:
-        union = torch.unique(torch.cat([items.items, real.targets]))
-        items = Subset(union, len(union) / task.n_items)
-        return real, items, nn.functional.one_hot(items.positions(real.targets)[0], len(union)).float()
+        items = items.including(real.targets)
+        return real, items, nn.functional.one_hot(items.positions(real.targets)[0], len(items.items)).float()
     with torch.no_grad():
         bank = FeatureBank(task.teacher, items.items, real.inputs)
         hidden = task.teacher.transform(bank(real.inputs))[real.mask]
@@ -212,7 +211,7 @@ def gradient_matching(
             network.step(lambda m: synthetic_loss(m, fixed))
         bank = FeatureBank(model, items.items, real.inputs)
         hidden = model.transform(bank(real.inputs))[real.mask]
-        loss = soft_cross_entropy(model.scores(hidden, bank(items.items)), targets)
+        loss = soft_cross_entropy(logits(model, hidden, bank(items.items), items), targets)
         return gradient_loss(model, batch, torch.autograd.grad(loss, matrices(model)), by_row)
 
     rates = (input_learning_rate, label_learning_rate)

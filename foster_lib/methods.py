@@ -23,6 +23,7 @@ from foster_lib import (
     scores,
     selection,
     td3,
+    tied,
 )
 from foster_lib.errors import check_known
 
@@ -86,6 +87,9 @@ DISTILLATION = {
     "trajectory-matching": Method(matching.trajectory_matching, "Trajectory matching (MTT)", needs_teacher=True),
     "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings),
     "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings),
+    "foster-tied": Method(
+        tied.foster_tied, "FOSTER, tied, without a teacher", needs_teacher=True, settings=foster.FosterSettings
+    ),
     "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
 }
 

@@ -18,19 +18,39 @@ from foster_lib.training import Batch, soft_cross_entropy
 
 @dataclass(frozen=True)
 class Subset:
-    """The items of one iteration, and the text embeddings of those items only.
+    """The items of one iteration.
 
     Attributes
     ----------
     items : (N,) int64, sorted
-    fraction : N / |V|
+    n_items : |V|, size of the catalogue that they were drawn from
+    log_weight : (N,) or float
+        log of how many items of the catalogue each stands for; log |V| / N where all are alike.
     """
 
     items: Tensor
-    fraction: float
+    n_items: int
+    log_weight: Tensor | float
+
+    @classmethod
+    def uniform(cls, items: Tensor, n_items: int) -> Subset:
+        """Items that were drawn with equal probability."""
+        return cls(items, n_items, -float(np.log(len(items) / n_items)))
 
     def to(self, device: str) -> Subset:
         return replace(self, items=self.items.to(device))
+
+    def including(self, wanted: Tensor) -> Subset:
+        """The subset with the items `wanted` besides, which stand for themselves; the other drawn ones
+        stand for all that is left, so that a weighted sum estimates the catalogue's without bias.
+        """
+        if isinstance(self.log_weight, Tensor):  # what was wanted before still is
+            wanted = torch.cat([self.items[self.log_weight == 0], wanted.flatten()])
+        wanted = torch.unique(wanted)
+        items = torch.unique(torch.cat([self.items, wanted]))
+        drawn = ~torch.isin(items, wanted)
+        weight = (self.n_items - len(wanted)) / max(1, int(drawn.sum()))
+        return Subset(items, self.n_items, torch.where(drawn, float(np.log(max(weight, 1.0))), 0.0))
 
     def positions(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Where `anchors` stand in `items`, and which of them do: two tensors of their shape."""
@@ -42,7 +62,7 @@ def sample_subset(n_items: int, size: int, generator: np.random.Generator) -> Su
     """Draw N of |V| items uniformly without replacement; N ≥ |V| gives all of them."""
     size = min(size, n_items)
     items = np.arange(n_items) if size == n_items else np.sort(generator.choice(n_items, size, replace=False))
-    return Subset(torch.from_numpy(items), size / n_items)
+    return Subset.uniform(torch.from_numpy(items), n_items)
 
 
 def subset_inputs(
@@ -52,8 +72,8 @@ def subset_inputs(
 
     An anchor always stays available, whether or not it was drawn: without it, inputs would drift
     to whatever neighbours the subset happens to hold. The other items' weights are multiplied by
-    |V| / N, so that the sum over the subset estimates the sum over the catalogue without bias; a
-    subset of all items gives exactly the full softmax.
+    |V| / N (or by their own, `Subset.including`), so that the sum over the subset estimates the sum
+    over the catalogue without bias; a subset of all items gives exactly the full softmax.
 
     Parameters
     ----------
@@ -66,7 +86,7 @@ def subset_inputs(
         Probabilities of the subset's items other than the anchor, and of the anchor.
     """
     place, inside = subset.positions(anchors)
-    others = queries @ f_subset.T - float(np.log(subset.fraction))
+    others = queries @ f_subset.T + subset.log_weight
     hide = torch.zeros_like(others).scatter_(-1, place[..., None], torch.where(inside, -torch.inf, 0.0)[..., None])
     own = (queries * f_anchor).sum(-1) + bonus
     p = torch.cat([others + hide, own[..., None]], -1).softmax(-1)
@@ -113,16 +133,27 @@ def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | Non
     features = bank(batch.subset.items)
     mixed = batch.p @ features + batch.own[..., None] * bank(batch.anchors)
     hidden = model.transform(mixed)[batch.mask]
-    return soft_cross_entropy(model.scores(hidden, features), batch.y)
+    return soft_cross_entropy(logits(model, hidden, features, batch.subset), batch.y)
 
 
-def real_loss(model: SASRec, batch: Batch, subset: Subset, teacher: SASRec, bank: FeatureBank | None = None) -> Tensor:
-    """L_real: cross-entropy from the full-data teacher to `model` on real windows, on the subset.
+def logits(model: SASRec, hidden: Tensor, features: Tensor, subset: Subset) -> Tensor:
+    """Scores whose softmax over the subset estimates the one over the catalogue."""
+    scores = model.scores(hidden, features)  # the softmax does not see a weight that all items share
+    return scores + subset.log_weight if isinstance(subset.log_weight, Tensor) else scores
+
+
+def real_loss(
+    model: SASRec, batch: Batch, subset: Subset, teacher: SASRec | None, bank: FeatureBank | None = None
+) -> Tensor:
+    """L_real on real windows: cross-entropy from the full-data teacher to `model` over the subset, or,
+    without a teacher, of the real next items, all of which the subset must include.
 
     The windows' own items are embedded beside the subset; their number is bounded by the batch.
     """
     bank = bank or FeatureBank(model, subset.items, batch.inputs)
     hidden = model.transform(bank(batch.inputs))[batch.mask]
+    if teacher is None:
+        return soft_cross_entropy(logits(model, hidden, bank(subset.items), subset), subset.positions(batch.targets)[0])
     with torch.no_grad():
         known = FeatureBank(teacher, subset.items, batch.inputs)
         targets = teacher.scores(teacher.transform(known(batch.inputs))[batch.mask], known(subset.items)).softmax(-1)

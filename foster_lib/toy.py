@@ -183,7 +183,7 @@ class LinearTask:
         p, y = S.softmax(-1)
         T, N = p.shape
         anchors, mask = torch.zeros(1, T, dtype=torch.long), torch.ones(1, T, dtype=torch.bool)
-        return SyntheticBatch(Subset(torch.arange(N), 1.0), anchors, mask, p[None], S.new_zeros(1, T), y)
+        return SyntheticBatch(Subset.uniform(torch.arange(N), N), anchors, mask, p[None], S.new_zeros(1, T), y)
 
 
 Problem = Ridge | SoftmaxRegression

@@ -1,10 +1,11 @@
-"""Search of the full-data reference on validation: `python -m foster_lib.tune`.
+"""Searches on validation: `python -m foster_lib.tune`, of the full-data reference and of the methods.
 
-Writes one JSON per finished trial below `results/tuning/<data set>/` and the sorted table
-`results/tuning/<data set>.csv`. The test set is not read. Where users have many interactions,
-several validation targets each are held out (`targets` in `search.yaml`): one target of 943 users
-gives NDCG@10 a standard error of 0.007, more than settings differ by. The best trial's settings
-are then written by hand into `profiles/cpu.yaml`.
+`search.yaml` holds the trials of each data set. A trial is one full-data training, or one method's
+sequences and the students that are trained on them. It leaves one JSON below
+`results/tuning/<data set>/`; the sorted table is `results/tuning/<data set>-<method>.csv`. The test
+set is not read. Where users have many interactions, several validation targets each are held out
+(`targets`): one target of 943 users gives NDCG@10 a standard error of 0.007, more than settings
+differ by. The best trial's settings are then written by hand into `profiles/cpu.yaml`.
 """
 
 from __future__ import annotations
@@ -12,42 +13,37 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from foster_lib.config import Profile, load_profile
+from foster_lib.coresets import with_labels
 from foster_lib.errors import FosterError, check_known
+from foster_lib.evaluation import rank_queries
 from foster_lib.execution import Call, parallel, resolve_device
-from foster_lib.paths import results_dir, write_atomically, write_text
+from foster_lib.methods import get_method
+from foster_lib.paths import cache_dir, results_dir, write_atomically, write_text
+from foster_lib.recipes import train_full, train_student
 from foster_lib.records import environment
-from foster_lib.runs import Run, load_once, make_task
+from foster_lib.runs import Run, load_catalogue, load_once, make_task
 from foster_lib.splits import wide_validation
-from foster_lib.training import RealSequences, train
+from foster_lib.task import Task
 
 SPACE = Path(__file__).parent / "search.yaml"
-COLUMNS = [
-    "width",
-    "adapter_hidden",
-    "dropout",
-    "learning_rate",
-    "weight_decay",
-    "batch_size",
-    "epochs",
-    "kept_epoch",
-    "targets",
-    "validation_ndcg@10",
-    "seconds",
-    "hardware",
-]
+STUDENTS = 2
+"""Students per trial of a method; their seeds differ by about as much as settings do."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial changes in the profile `cpu`, and the full-data run that makes it."""
+    """What a trial changes in the profile `cpu`, and the run that it stands for."""
 
     change: dict[str, Any]
     targets: int
@@ -55,82 +51,137 @@ class Trial:
 
     @property
     def path(self) -> Path:
-        return results_dir() / "tuning" / self.run.settings.dataset / f"{self.run.key}-{self.targets}.json"
+        name = f"{self.run.method}-{self.run.key}-{self.targets}.json"
+        return results_dir() / "tuning" / self.run.settings.dataset / name
+
+    @property
+    def trajectory(self) -> Path:
+        """Full-data training on what this trial may learn from; a method's teacher and checkpoints."""
+        return cache_dir() / "trajectories" / f"{replace(self.run, method='full').key}-{self.targets}"
+
+    def task(self, device: str) -> Task:
+        split = wide_validation(load_once(self.run.settings.dataset), self.targets)
+        return replace(
+            make_task(self.run, device),
+            train=split.train,
+            train_timestamps=split.train_timestamps,
+            validation=split.validation,
+            trajectory_folder=self.trajectory,
+        )
 
 
-def trials(dataset: str) -> list[Trial]:
-    """All trials of `search.yaml` for a data set."""
+def trials(dataset: str, method: str) -> list[Trial]:
+    """All trials of `search.yaml` for a data set and a method (`full`: the reference)."""
     space = yaml.safe_load(SPACE.read_text(encoding="utf-8"))
     check_known(dataset, space, "data set in search.yaml:")
+    check_known(method, ["full", *space[dataset].get("methods", {})], f"method of {dataset} in search.yaml:")
     base = load_profile("cpu")
+    changes = space[dataset]["trials"] if method == "full" else space[dataset]["methods"][method]
     found = []
-    for change in space[dataset]["trials"]:
-        raw = {**base.raw, "per_dataset": {dataset: change}}
+    for change in changes:
+        own = change if method == "full" else {"methods": {method.removesuffix("-kd"): change}}
+        before = base.raw.get("per_dataset", {}).get(dataset, {}) if method != "full" else {}
+        raw = {**base.raw, "per_dataset": {dataset: {**before, **own}}}
         profile = Profile("cpu", base.datasets, base.seeds, base.split, base.table2, raw)
-        found.append(Trial(change, space[dataset]["targets"], Run(profile.settings(dataset), "full", 0)))
+        found.append(Trial(change, space[dataset]["targets"], Run(profile.settings(dataset), method, 0)))
     return found
 
 
-def search(dataset: str, jobs: int, device: str) -> pd.DataFrame:
+def search(dataset: str, method: str, jobs: int, device: str) -> pd.DataFrame:
     """Run all trials that are not finished; the table of all of them, best first."""
-    space = trials(dataset)
-    pending = [Call(_run_trial, trial) for trial in space if not trial.path.is_file()]
-    parallel(pending, jobs=jobs, device=device, label=f"tuning {dataset}")
-    table = pd.DataFrame([json.loads(trial.path.read_text(encoding="utf-8")) for trial in space])
-    table = table[COLUMNS].sort_values("validation_ndcg@10", ascending=False, kind="stable")
-    write_atomically(results_dir() / "tuning" / f"{dataset}.csv", lambda path: table.to_csv(path, index=False))
+    space = trials(dataset, method)
+    pending = [trial for trial in space if not trial.path.is_file()]
+    for trial in pending[:1]:
+        load_catalogue(dataset, trial.run.settings.encoder, device)  # embed once, before fanning out
+    teacher = None
+    needs_teacher = method != "full" and get_method(method).needs_teacher
+    if needs_teacher and pending and not pending[0].trajectory.is_dir():
+        teacher = Call(_train_teacher, pending[0])
+    calls = [Call(_try_full if method == "full" else _try_method, trial, after=teacher) for trial in pending]
+    parallel([teacher] * bool(teacher) + calls, jobs=jobs, device=device, label=f"tuning {method} on {dataset}")
+    table = pd.json_normalize([json.loads(trial.path.read_text(encoding="utf-8")) for trial in space])
+    table = table[[column for column in table if not column.startswith(("packages", "git", "python", "created"))]]
+    table = table.sort_values("validation_ndcg@10", ascending=False, kind="stable")
+    path = results_dir() / "tuning" / f"{dataset}-{method}.csv"
+    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
     return table
 
 
-def _run_trial(trial: Trial, device: str, progress: bool) -> str:
-    run = trial.run
-    settings, label = run.settings, f"{run.settings.dataset} {trial.change}"
-    split = wide_validation(load_once(settings.dataset), trial.targets)
-    task = replace(
-        make_task(run, device),
-        train=split.train,
-        train_timestamps=split.train_timestamps,
-        validation=split.validation,
-    )
-    data = RealSequences(task.train, task.length, settings.full.batch_size, task.train_timestamps)
-    log = train(
-        task.new_model(run.seed),
-        data,
-        settings.full,
-        seed=run.seed,
-        validate=task.validate,
-        device=device,
-        progress=label if progress else "",
-    )
-    figure = log.validation[log.best_epoch]
-    result = {
+def _try_full(trial: Trial, device: str, progress: bool) -> str:
+    """Train on everything."""
+    settings = trial.run.settings
+    label = f"{settings.dataset} {trial.change}"
+    task = trial.task(device)
+    _, log = train_full(task, settings.full, trial.run.seed, trial.trajectory, label if progress else "")
+    figures = {
         "width": settings.model.width,
         "adapter_hidden": settings.model.adapter_hidden,
         "dropout": settings.model.dropout,
-        "learning_rate": settings.full.learning_rate,
-        "weight_decay": settings.full.weight_decay,
-        "batch_size": settings.full.batch_size,
-        "epochs": settings.full.epochs,
+        **{
+            k: v
+            for k, v in asdict(settings.full).items()
+            if k in ("learning_rate", "weight_decay", "batch_size", "epochs")
+        },
         "kept_epoch": log.best_epoch,
-        "targets": trial.targets,
-        "validation_ndcg@10": round(figure, 5),
+        "validation_ndcg@10": round(log.validation[log.best_epoch], 5),
         "seconds": round(log.seconds),
-        **environment(device),
     }
-    write_text(trial.path, json.dumps(result, indent=1, sort_keys=True) + "\n")
-    return f"{label}: validation NDCG@10 {figure:.4f} after {log.best_epoch} epochs, {log.seconds:.0f} s"
+    return _record(trial, figures, device)
+
+
+def _train_teacher(trial: Trial, device: str, progress: bool) -> str:
+    """The full-data training that a method's trials share."""
+    label = f"{trial.run.settings.dataset}, teacher of the search"
+    train_full(trial.task(device), trial.run.settings.full, 0, trial.trajectory, label if progress else "")
+    return f"{label}: trained"
+
+
+def _try_method(trial: Trial, device: str, progress: bool) -> str:
+    """Make a method's sequences and train students on them."""
+    run, task, start = trial.run, trial.task(device), time.perf_counter()
+    method = get_method(run.method)
+    outcome = method.function(task, sequences=run.settings.sequences, seed=run.seed, **run.parameters)
+    if method.labelled:
+        outcome = with_labels(task, outcome)
+    seconds = {"distillation": round(time.perf_counter() - start)}
+    if method.condenses:
+        logs = [train_student(task, outcome.stored(), run.settings, seed)[1] for seed in range(STUDENTS)]
+        values = [log.validation[log.best_epoch] for log in logs]
+        seconds["training"] = round(sum(log.seconds for log in logs))
+    else:
+        values = [_validated(task, outcome)]
+    figures = {
+        "change": json.dumps(trial.change),
+        "validation_ndcg@10": round(float(np.mean(values)), 5),
+        "values": [round(value, 5) for value in values],
+        "seconds": seconds,
+    }
+    return _record(trial, figures, device)
+
+
+def _validated(task: Task, score: Callable) -> float:
+    return rank_queries(score, task.validation, task.n_items).metrics()["ndcg@10"]
+
+
+def _record(trial: Trial, figures: dict[str, Any], device: str) -> str:
+    result = {"method": trial.run.method, "targets": trial.targets, **figures, **environment(device)}
+    write_text(trial.path, json.dumps(result, indent=1) + "\n")
+    what = f"{trial.run.settings.dataset} {trial.run.method} {trial.change}"
+    return f"{what}: validation NDCG@10 {figures['validation_ndcg@10']:.4f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m foster_lib.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--datasets", default="ml-100k", help="names separated by spaces")
+    parser.add_argument("--methods", default="full", help="names separated by spaces; full: the full-data reference")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     options = parser.parse_args(arguments)
     try:
         for dataset in options.datasets.split():
-            print(search(dataset, options.jobs, resolve_device(options.device)).to_string(index=False))
+            for method in options.methods.split():
+                print(search(dataset, method, options.jobs, resolve_device(options.device)).to_string(index=False))
     except FosterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

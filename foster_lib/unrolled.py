@@ -16,7 +16,6 @@ g = ∂L_syn(θ; p)/∂θ; a learning rate; β₁, β₂, ε Adam's constants.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -273,12 +272,8 @@ class RealBatch:
         last = batch.mask.sum(1) - 1
         if subset is None:
             return cls(None, None, batch, last)
-        own = torch.unique(torch.cat([batch.inputs[batch.mask], batch.targets]))
-        items = torch.unique(torch.cat([own, subset.items]))
-        drawn = ~torch.isin(items, own)
-        n_items = round(len(subset.items) / subset.fraction)
-        weight = (n_items - len(own)) / max(1, int(drawn.sum()))
-        log_weight = torch.where(drawn, math.log(max(weight, 1.0)), 0.0)
+        subset = subset.including(torch.cat([batch.inputs[batch.mask], batch.targets]))
+        items, log_weight = subset.items, subset.log_weight
         # Padding (item 0) may be no candidate: any row will do, it is masked.
         inputs = torch.searchsorted(items, batch.inputs).clamp(max=len(items) - 1)
         return cls(

@@ -181,7 +181,7 @@ def test_real_loss_on_all_items_is_the_full_cross_entropy(task):
 
 def test_synthetic_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
     """Also a finite-difference check of ∂J/∂S in one random direction."""
-    batch_of = lambda: synthetic.batch(Subset(torch.arange(task.n_items), 1.0))  # noqa: E731
+    batch_of = lambda: synthetic.batch(Subset.uniform(torch.arange(task.n_items), task.n_items))  # noqa: E731
     theta, phi = task.teacher, task.new_model(3).eval()
     gradients, gap, _ = synthetic_gradient(synthetic, batch_of(), theta, phi, weight=0)
     direction = torch.randn(synthetic.z_y.shape, generator=torch.Generator().manual_seed(0))

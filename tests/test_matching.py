@@ -54,7 +54,7 @@ def double(task, monkeypatch):
     mask = torch.ones(3, task.length, dtype=torch.bool)
     mask[1, 4:] = False
     anchors = torch.randint(task.n_items, mask.shape, generator=generator)
-    subset = Subset(torch.arange(0, task.n_items, 2), 0.5)
+    subset = Subset.uniform(torch.arange(0, task.n_items, 2), task.n_items)
     size = len(subset.items)
     x = torch.randn(3, task.length, size + 1, generator=generator, dtype=torch.float64).mul(2).requires_grad_()
     y = torch.randn(int(mask.sum()), size, generator=generator, dtype=torch.float64).mul(2).requires_grad_()
@@ -321,7 +321,7 @@ def test_real_targets_over_the_subset(task):
     """Hard targets join the subset; soft ones are the teacher's softmax over it."""
     real, subset, hard = draw_real(task, 4, 5, False, np.random.default_rng(0))
     assert torch.equal(subset.items[hard.argmax(-1)], real.targets) and (hard.sum(-1) == 1).all()
-    assert subset.fraction == pytest.approx(len(subset.items) / task.n_items)
+    assert ((subset.log_weight == 0) == torch.isin(subset.items, real.targets)).all()
     real, subset, soft = draw_real(task, 4, 20, True, np.random.default_rng(0))
     model = task.new_model(0).eval()
     hidden = model(real.inputs, model.features())[real.mask]

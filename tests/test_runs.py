@@ -28,9 +28,9 @@ from foster_lib.tables import COLUMNS, long_table, write_table2
 from foster_lib.training import TrainSettings
 from tests.conftest import SMALL, make_tables, write_tables
 
-
 QUICK = {
     "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
+    "foster-tied": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "sasrec-id": {"epochs": 2},
     "dconrec": {"iterations": 2, "added": 1},
     "dealrec": {"depth": 3},

@@ -262,7 +262,7 @@ def test_real_loss_over_a_subset_estimates_the_full_one(task):
     """All items as subset give the exact loss; small ones an unbiased partition sum."""
     model = task.new_model(3).eval()
     batch = make_batch(task.windows[:2])
-    everything = Subset(torch.arange(task.n_items), 1.0)
+    everything = Subset.uniform(torch.arange(task.n_items), task.n_items)
     full = RealBatch.make(batch, None)
     torch.testing.assert_close(real_loss(model, RealBatch.make(batch, everything)), real_loss(model, full))
     generator, sums = np.random.default_rng(0), []

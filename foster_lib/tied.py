@@ -1,0 +1,128 @@
+"""FOSTER without a teacher: tied sequences, the form that the paper describes.
+
+S holds no labels. Every position of n sequences of R = L + 1 is one mixture of items,
+
+    p_t(j) = softmax_j(z_t · f(e_j) + β_t [j is the anchor of t]),
+
+and the target at a position is the mixture of the next one, y_t = p_{t+1}: the same tensors are read
+as input and as target. They start at real sequences, chosen by item text alone; L_real is the
+cross-entropy of real next items, and f are the item features of the untrained model. Of full-data
+training only the checkpoints are used that models are reset to. The rest is `foster.distill`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foster_lib.foster import FosterSettings, Synthesizer, distill
+from foster_lib.selection import cluster_medoids
+from foster_lib.subsets import Subset, SyntheticBatch, subset_inputs
+from foster_lib.synthetic import FullBatch, SyntheticSequences
+from foster_lib.task import Task
+from foster_lib.training import Batch
+
+
+@dataclass(frozen=True)
+class TiedSequences(SyntheticSequences):
+    """`SyntheticSequences` whose target at a position is the mixture of the next one.
+
+    Behind the last position that has a target stands one more mixture, which is no input:
+
+    end_queries : (n, k), end_bonus : (n,)
+        Its z and β. `labels`, the z of each position's target, follows from these and `queries`.
+    """
+
+    end_queries: Tensor | None = None
+    end_bonus: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", self.next_of(self.queries, self.end_queries))
+
+    def next_of(self, values: Tensor, end: Tensor) -> Tensor:
+        """What follows each position: (n, L, …) and (n, …) to (n, L, …)."""
+        row = torch.arange(len(self.mask), device=values.device)
+        following = values.roll(-1, dims=1)
+        return following.index_put((row, self.mask.sum(1) - 1), end)
+
+    def target_probabilities(self, embeddings: Tensor) -> Tensor:
+        """y over the whole catalogue: (n, L, |V|)."""
+        logits = self.labels @ self.features(embeddings).T
+        bonus = self.next_of(self.bonus, self.end_bonus)
+        return logits.scatter_add(-1, self.targets[..., None], bonus[..., None]).softmax(-1)
+
+    def training_data(self, embeddings: Tensor) -> FullBatch:
+        """What `training.train` reads: all n sequences as one batch per epoch."""
+        targets = self.target_probabilities(embeddings)[self.mask]
+        return FullBatch(Batch(self.input_probabilities(embeddings), targets, self.mask))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name but `labels`, which follow from the others."""
+        return {name: tensor for name, tensor in super().tensors().items() if name != "labels"}
+
+
+def start_sequences(task: Task, sequences: int, settings: FosterSettings, seed: int) -> TiedSequences:
+    """Real sequences as nearly pure mixtures: cluster medoids by text, f of the untrained model."""
+    chosen = cluster_medoids(task, sequences, seed)
+    model = task.new_model(seed)
+    with torch.no_grad():
+        f = model.features().cpu()
+    end = chosen.targets[torch.arange(len(chosen)), chosen.mask.sum(1) - 1]
+    return TiedSequences(
+        chosen.items,
+        chosen.mask,
+        chosen.targets,
+        adapter={name: tensor.detach().cpu().clone() for name, tensor in model.adapter.state_dict().items()},
+        queries=settings.sharpness * f[chosen.items],
+        bonus=torch.full(chosen.items.shape, settings.bonus),
+        end_queries=settings.sharpness * f[end],
+        end_bonus=torch.full((len(chosen),), settings.bonus),
+    )
+
+
+class TiedSynthesizer(Synthesizer):
+    """The learnable z and β of all positions; every anchor stays in every item subset, as input and as target."""
+
+    reads_teacher = False
+
+    def __init__(self, start: TiedSequences, embeddings: Tensor, settings: FosterSettings):
+        self.start, self.settings = start, settings
+        self.f = start.features(embeddings)
+        self.text = F.normalize(embeddings, dim=-1)
+        self.z = [start.queries.clone().requires_grad_(), start.end_queries.clone().requires_grad_()]
+        self.beta = [start.bonus.clone().requires_grad_(), start.end_bonus.clone().requires_grad_()]
+        self.anchors = torch.unique(torch.cat([start.items.flatten(), start.targets[start.mask]]))
+        self.optimizer = torch.optim.Adam(self.tensors, lr=settings.input_learning_rate, betas=(0.8, 0.99))
+        self.rates = [settings.input_learning_rate]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.z, *self.beta]
+
+    def subset(self, drawn: Subset) -> Subset:
+        return drawn.including(self.anchors)
+
+    def batch(self, subset: Subset) -> SyntheticBatch:
+        """S over the subset, differentiable."""
+        start, f = self.start, self.f[subset.items]
+        p, own = subset_inputs(self.z[0], self.beta[0], start.items, subset, f, self.f[start.items])
+        queries, bonus = start.next_of(*self.z), start.next_of(*self.beta)
+        y, own_y = subset_inputs(queries, bonus, start.targets, subset, f, self.f[start.targets])
+        place, _ = subset.positions(start.targets)
+        y = y.scatter_add(-1, place[..., None], own_y[..., None])
+        return SyntheticBatch(subset, start.items, start.mask, p, own, y[start.mask])
+
+    def result(self) -> TiedSequences:
+        z, beta = ([tensor.detach() for tensor in pair] for pair in (self.z, self.beta))
+        learned = {"queries": z[0], "end_queries": z[1], "bonus": beta[0], "end_bonus": beta[1]}
+        return replace(self.start, **learned).to("cpu")
+
+
+def foster_tied(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> TiedSequences:
+    """The method as Table 2 calls it; parameters are those of `FosterSettings`."""
+    settings = FosterSettings(**parameters)
+    start = start_sequences(task, sequences, settings, seed)
+    return distill(task, start, settings, seed=seed, progress=progress, synthesizer=TiedSynthesizer)[0]
