@@ -19,7 +19,10 @@ from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 SECTIONS = ("model", "full", "student", "methods", "encoder")
-KEYS = ("base", "description", "datasets", "split", "seeds", "sequences", "per_dataset", "table2", *SECTIONS)
+KEYS = (
+    *("base", "description", "datasets", "split", "seeds", "students", "sequences", "per_dataset", "table2"),
+    *SECTIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile as read: defaults of the command line, and `settings` per data set."""
+    """A profile as read: defaults of the command line, and `settings` per data set.
+
+    students : models trained on each set of sequences, by different seeds
+    """
 
     name: str
     datasets: list[str]
@@ -72,6 +78,7 @@ class Profile:
     split: str
     table2: list[str]
     raw: dict[str, Any]
+    students: int = 1
 
     def settings(self, dataset: str, split: str | None = None) -> Settings:
         """Settings of one data set, `per_dataset` applied."""
@@ -104,6 +111,7 @@ def load_profile(name: str) -> Profile:
         split=raw.get("split", "leave-one-out"),
         table2=raw.get("table2", []),
         raw=raw,
+        students=raw.get("students", 1),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ def execute(
     """
     runs, device = list(runs), resolve_device(device)
     pending = [run for run in runs if fresh or run.manifest() is None]
+    # Further students read what the first one's run stored; it runs again where that is lost.
+    known = {run.path for run in pending}
+    lost = [run.first for run in pending if run.student and not run.distilled_path.is_file()]
+    pending += {run.path: run for run in lost if run.path not in known}.values()
     if len(pending) < len(runs):
         say(f"{len(runs) - len(pending)} of {len(runs)} runs are reused from {shown(results_dir() / 'runs')}")
     teachers = {
@@ -43,10 +48,14 @@ def execute(
     trainings = {folder: Call(train_full_run, run) for folder, run in teachers.items() if fresh or not folder.is_dir()}
     for run in {run.settings.dataset: run for run in pending}.values():
         load_catalogue(run.settings.dataset, run.settings.encoder, device)  # embed once, before fanning out
-    calls = list(trainings.values())
+    distilled: dict[Path, Call] = {}
     for run in sorted(pending, key=_expected_cost, reverse=True):
-        needs = trainings.get(trajectory_folder(run)) if get_method(run.method).needs_teacher else None
-        calls.append(Call(run_one, run, after=needs))
+        if run.student:
+            needs = distilled.get(run.first.path)
+        else:
+            needs = trainings.get(trajectory_folder(run)) if get_method(run.method).needs_teacher else None
+        distilled[run.path] = Call(run_one, run, after=needs)
+    calls = [*trainings.values(), *distilled.values()]
     parallel(calls, jobs=jobs, device=device, label="runs", progress=progress, say=say)
     return [run.manifest() for run in runs]
 
@@ -109,8 +118,8 @@ def resolve_device(device: str) -> str:
 
 
 def _expected_cost(run: Run) -> int:
-    """Longest first, so that no worker finishes alone."""
-    return get_method(run.method).condenses + 2 * (run.method == "foster")
+    """Longest first, so that no worker finishes alone; a second student after the first."""
+    return get_method(run.method).condenses + 2 * (run.method == "foster") - 10 * run.student
 
 
 def _single_threaded(function: Callable, item: Any, device: str, progress: bool) -> str:

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from foster_lib.coresets import kd
 from foster_lib.errors import FosterError
-from foster_lib.sasrec import SASRec
+from foster_lib.sasrec import Dropout, SASRec
 from foster_lib.subsets import (
     FeatureBank,
     Subset,
@@ -133,13 +133,21 @@ class Pair:
         self.settings = settings
         task = replace(task, model_settings=replace(task.model_settings, dropout=settings.dropout))
         self.phi, self.theta = (Learner(task.new_model(seed), settings) for _ in range(2))
-        self.served = 0
+        self.served, self.steps, self.seed = 0, 0, seed
 
     def reset(self, checkpoint: dict[str, Tensor]) -> None:
         """Trajectory-anchored reset of both models; their optimisers forget."""
         self.phi.reset(checkpoint)
         self.theta.reset(checkpoint)
         self.served = 0
+
+    def couple_dropout(self) -> None:
+        """Let θ draw the dropout masks on S that φ draws: then only the real data part them."""
+        self.steps += 1
+        for learner in (self.phi, self.theta):
+            for module in learner.model.modules():
+                if isinstance(module, Dropout):
+                    module.generator.manual_seed(self.seed * 2**20 + self.steps)
 
     def fit(
         self, batch: SyntheticBatch, draw_windows: Callable[[], Batch], teacher: SASRec | None
@@ -165,11 +173,13 @@ class Pair:
             nonlocal outer
             subset = batch.subset if teacher else batch.subset.including(windows.targets)
             bank = FeatureBank(model, subset.items, batch.anchors, windows.inputs)
+            synthetic = synthetic_loss(model, batch, bank)  # first: with the dropout masks that φ has drawn
             real = real_loss(model, windows, subset, teacher, bank)
             outer = float(real.detach())
-            return (real + weight * synthetic_loss(model, batch, bank)) / (1 + weight)
+            return (real + weight * synthetic) / (1 + weight)
 
         for _ in range(self.settings.inner_steps):
+            self.couple_dropout()
             inner = self.phi.step(lambda model: synthetic_loss(model, batch))
             windows = draw_windows()
             self.theta.step(lambda model, windows=windows: joint_loss(model, windows))

@@ -26,6 +26,7 @@ from foster_lib import (
     tied,
 )
 from foster_lib.errors import check_known
+from foster_lib.synthetic import SyntheticSequences
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Method:
     function : what is called; title : how tables name it; condenses : returns sequences for a
     student; needs_teacher : reads the full-data run of the same seed; seeded : differs by seed;
     labelled : the teacher's labels then take the place of real next items; settings : dataclass
-    whose fields the function takes as parameters.
+    whose fields the function takes as parameters; form : type of the sequences.
     """
 
     function: Callable
@@ -45,6 +46,7 @@ class Method:
     seeded: bool = True
     labelled: bool = False
     settings: type | None = None
+    form: type[SyntheticSequences] = SyntheticSequences
 
 
 REFERENCES = {
@@ -85,10 +87,14 @@ DISTILLATION = {
     "gradient-matching": Method(matching.gradient_matching, "Gradient matching (DC)", needs_teacher=True),
     "distribution-matching": Method(matching.distribution_matching, "Distribution matching (DM)", needs_teacher=True),
     "trajectory-matching": Method(matching.trajectory_matching, "Trajectory matching (MTT)", needs_teacher=True),
-    "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings),
-    "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings),
+    "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings, form=farzi.LatentSequences),
+    "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings, form=td3.TuckerSequences),
     "foster-tied": Method(
-        tied.foster_tied, "FOSTER, tied, without a teacher", needs_teacher=True, settings=foster.FosterSettings
+        tied.foster_tied,
+        "FOSTER, tied, without a teacher",
+        needs_teacher=True,
+        settings=foster.FosterSettings,
+        form=tied.TiedSequences,
     ),
     "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
 }

@@ -91,7 +91,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def manifest_path(profile: str, dataset: str, method: str, seed: int, key: str) -> Path:
+def manifest_path(profile: str, dataset: str, method: str, seed: str, key: str) -> Path:
     return results_dir() / "runs" / profile / dataset / f"{method}-seed{seed}-{key}.json"
 
 

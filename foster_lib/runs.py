@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from foster_lib.config import EncoderSettings, Settings
+from foster_lib.config import EncoderSettings, Profile, Settings
 from foster_lib.coresets import with_labels
 from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
@@ -34,14 +34,22 @@ from foster_lib.splits import Split, make_split
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
+STUDENT_STRIDE = 1000
+"""Students of one set of sequences differ by this much in their seeds."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run; `key` names everything that determines its result."""
+    """One run; `key` names everything that determines its result.
+
+    student : which of several students trained on the same sequences; those after the first read
+    the sequences that the run of the first has stored
+    """
 
     settings: Settings
     method: str
     seed: int
+    student: int = 0
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -68,6 +76,8 @@ class Run:
             described["student"] = asdict(settings.student)
         if method.labelled:
             described["labels"] = "teacher"
+        if self.student:
+            described["student_number"] = self.student
         return described
 
     @property
@@ -83,16 +93,41 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return manifest_path(self.settings.profile, self.settings.dataset, self.method, self.seed, self.key)
+        seed = f"{self.seed}-student{self.student}" if self.student else str(self.seed)
+        return manifest_path(self.settings.profile, self.settings.dataset, self.method, seed, self.key)
+
+    @property
+    def first(self) -> Run:
+        """The run that makes the sequences of this one's student."""
+        return replace(self, student=0)
 
     @property
     def distilled_path(self) -> Path:
-        name = f"{self.method}-seed{self.seed}-{self.key}.safetensors"
+        name = f"{self.method}-seed{self.seed}-{self.first.key}.safetensors"
         return results_dir() / "distilled" / self.settings.profile / self.settings.dataset / name
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if this run is finished."""
         return read_manifest(self.path)
+
+
+def plan(
+    profile: Profile, datasets: list[str], methods: list[str], seeds: list[int], split: str | None = None
+) -> list[Run]:
+    """All runs of a table: each data set, method and seed, and each student of those that condense.
+
+    Names that do not exist, and splits that a data set does not allow, end here.
+    """
+    settings = {name: profile.settings(name, split) for name in datasets}
+    for name in datasets:
+        _split(name, settings[name].split)
+    return [
+        Run(settings[name], method, seed, student)
+        for name in datasets
+        for method in methods
+        for seed in (seeds if get_method(method).seeded else seeds[:1])
+        for student in range(profile.students if get_method(method).condenses else 1)
+    ]
 
 
 # ------------------------------------------------------------------------------ one run
@@ -102,21 +137,17 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     """Distil if the method does, train the student, evaluate, record."""
     settings, method = run.settings, get_method(run.method)
     split, task = _split(settings.dataset, settings.split), make_task(run, device)
-    label = f"{settings.dataset} {run.method} seed {run.seed}"
-    parameters = run.parameters
-    if "progress" in inspect.signature(method.function).parameters:
-        parameters = {**parameters, "progress": label if progress else ""}
-    start = time.perf_counter()
-    outcome = method.function(task, sequences=settings.sequences, seed=run.seed, **parameters)
-    if method.labelled:
-        outcome = with_labels(task, outcome)
-    seconds = {"distillation": round(time.perf_counter() - start, 2), "training": 0.0}
+    label = f"{settings.dataset} {run.method} seed {run.seed}" + f", student {run.student + 1}" * bool(run.student)
+    seconds = {"distillation": 0.0, "training": 0.0}
     details: dict[str, Any] = {}
-    if isinstance(outcome, SyntheticSequences):
-        outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
+    outcome = None if run.student else _apply(run, task, label if progress else "", seconds)
+    if run.student or isinstance(outcome, SyntheticSequences):
+        if outcome is not None:
+            outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
         # The student reads what is on disk, rounding included: the file is the result.
-        stored = type(outcome).load(run.distilled_path)
-        model, log = train_student(task, stored, settings, run.seed, f"{label}, student" if progress else "")
+        stored = method.form.load(run.distilled_path)
+        seed = run.seed + STUDENT_STRIDE * run.student
+        model, log = train_student(task, stored, settings, seed, f"{label}, student" if progress else "")
         score = recommender_scorer(model)
         seconds["training"] = round(log.seconds, 2)
         details = {"bytes": stored.size_in_bytes(), "targets": int(stored.mask.sum()), "kept_step": log.best_epoch}
@@ -145,6 +176,19 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     write_manifest(run.path, manifest, test)
     figures = f"NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test"
     return f"{label}: {figures}, {sum(seconds.values()):.0f} s"
+
+
+def _apply(run: Run, task: Task, progress: str, seconds: dict[str, float]) -> Any:
+    """What the method makes of the task: sequences or a scorer; notes the time."""
+    method, parameters = get_method(run.method), run.parameters
+    if "progress" in inspect.signature(method.function).parameters:
+        parameters = {**parameters, "progress": progress}
+    start = time.perf_counter()
+    outcome = method.function(task, sequences=run.settings.sequences, seed=run.seed, **parameters)
+    if method.labelled:
+        outcome = with_labels(task, outcome)
+    seconds["distillation"] = round(time.perf_counter() - start, 2)
+    return outcome
 
 
 def train_full_run(run: Run, device: str, progress: bool) -> str:

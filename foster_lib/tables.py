@@ -22,7 +22,8 @@ HEADLINE = ("ndcg@10", "recall@10")
 
 
 def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
-    """One row per data set, method and metric, mean and standard deviation over seeds.
+    """One row per data set, method and metric, mean and standard deviation over seeds; several
+    students on the sequences of a seed count as their mean.
 
     `ratio_to_full` is the mean divided by full data's; `recovered_gain` is
     (method − untrained) / (full − untrained). Both are empty where their reference was not run.
@@ -32,6 +33,7 @@ def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
         {
             **{name: manifest[name] for name in ("dataset", "split", "profile", "method")},
             "sequences": manifest.get("sequences", 0),
+            "seed": manifest["seed"],
             "metric": metric,
             "value": manifest["test"][metric],
         }
@@ -39,7 +41,8 @@ def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
         for metric in METRICS
     ]
     keys = COLUMNS[:6]
-    frame = pd.DataFrame(records).groupby(keys, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    seeds = pd.DataFrame(records).groupby([*keys, "seed"], sort=False)["value"].mean()  # over the students of a seed
+    frame = seeds.groupby(keys, sort=False).agg(["mean", "std", "count"]).reset_index()
     frame = frame.rename(columns={"count": "runs"})
     group = ["dataset", "split", "profile", "metric"]
     for reference in ("full", "untrained"):
@@ -98,7 +101,8 @@ def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
             row["FOSTER minus it, 95 %"] = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]{mark}"
         else:
             row["FOSTER minus it, 95 %"] = ""
-        row["Distil s"] = f"{np.mean([m['seconds']['distillation'] for m in own]):.0f}"
+        first = [m for m in own if not m.get("student_number")]  # where the sequences were made
+        row["Distil s"] = f"{np.mean([m['seconds']['distillation'] for m in first]):.0f}"
         row["Train s"] = f"{np.mean([m['seconds']['training'] for m in own]):.0f}"
         stored = [m["details"]["bytes"] for m in own if "bytes" in m["details"]]
         row["KiB"] = f"{np.mean(stored) / 1024:.0f}" if stored else "–"
@@ -128,7 +132,8 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             f"## {dataset}, {first['split']}, profile {first['profile']}",
             "",
             f"{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
-            f"Seeds: {', '.join(map(str, sorted({run.seed for run in own})))}.",
+            f"Seeds: {', '.join(map(str, sorted({run.seed for run in own})))}"
+            f"{students_note(own)}.",
             "",
             table.to_markdown(index=False, disable_numparse=True),
             "",
@@ -149,6 +154,12 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
         )
     plt.close(figure)
     return write_text(folder / "table2.md", "\n".join(markdown))
+
+
+def students_note(runs: list[Run]) -> str:
+    """How many students were trained on each set of sequences, if more than one."""
+    count = 1 + max(run.student for run in runs)
+    return f"; {count} students on each set of sequences" if count > 1 else ""
 
 
 def table2_figure(long: pd.DataFrame) -> plt.Figure:

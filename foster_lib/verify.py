@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from foster_lib.config import Profile, load_profile
+from foster_lib.config import load_profile
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS, rank_queries, recommender_scorer
 from foster_lib.execution import Call, parallel, resolve_device
 from foster_lib.methods import get_method
 from foster_lib.paths import shown
 from foster_lib.recipes import train_full, train_student
-from foster_lib.runs import Run, load_catalogue, load_once, make_task
+from foster_lib.runs import STUDENT_STRIDE, Run, load_catalogue, load_once, make_task, plan
 from foster_lib.splits import make_split
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.tables import long_table, table2_folder
@@ -67,7 +67,10 @@ def verify(dataset: str, jobs: int, device: str) -> Iterator[str | Claim]:
     profile = load_profile(PROFILE)
     table = published(dataset)
     rows = list(table.index.unique("method"))
-    runs = {method: _runs(profile, dataset, method, int(table.loc[method, "runs"].iloc[0])) for method in rows}
+    runs = {
+        method: plan(profile, [dataset], [method], profile.seeds[: int(table.loc[method, "runs"].iloc[0])])
+        for method in rows
+    }
     stale = [method for method in rows if any(run.manifest() is None for run in runs[method])]
     for method in stale:
         yield f"STALE     {dataset}, {get_method(method).title}: made by another version of the code or the settings"
@@ -83,7 +86,7 @@ def verify(dataset: str, jobs: int, device: str) -> Iterator[str | Claim]:
             before = np.mean([run.manifest()["test"][metric] for run in again[method]])
             after = np.mean([found[run.path.name][metric] for run in again[method]])
             tolerance = max(LEAST, SPREADS * float(np.nan_to_num(spread[metric])))
-            seeds = "seed 0" if method == "full" else f"{len(again[method])} seeds"
+            seeds = "seed 0" if method == "full" else f"{len(again[method])} students"
             yield Claim(
                 f"{dataset}, {get_method(method).title} made again ({seeds}), {metric}", before, after, tolerance
             )
@@ -117,13 +120,10 @@ def _again(run: Run, device: str, progress: bool) -> str:
         with tempfile.TemporaryDirectory() as folder:
             model, _ = train_full(task, settings.full, run.seed, Path(folder) / "trajectory", label)
     else:
-        model, _ = train_student(task, SyntheticSequences.load(run.distilled_path), settings, run.seed, label)
+        seed = run.seed + STUDENT_STRIDE * run.student
+        model, _ = train_student(task, SyntheticSequences.load(run.distilled_path), settings, seed, label)
     test = make_split(load_once(settings.dataset), settings.split).test
     return json.dumps([run.path.name, rank_queries(recommender_scorer(model), test, task.n_items).metrics()])
-
-
-def _runs(profile: Profile, dataset: str, method: str, count: int) -> list[Run]:
-    return [Run(profile.settings(dataset), method, seed) for seed in profile.seeds[:count]]
 
 
 def _table_claims(dataset: str, method: str, table: pd.DataFrame, runs: list[Run]) -> Iterator[Claim]:

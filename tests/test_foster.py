@@ -154,8 +154,8 @@ def test_theta_parts_from_phi_through_the_real_data_only(task, synthetic):
     batch = synthetic.batch(subset).detached()
     real = make_batch(task.windows[:40])
 
-    def run(penalty):
-        settings = FosterSettings(inner_steps=30, penalty=penalty, inner_learning_rate=1e-2, dropout=0.0)
+    def run(penalty, dropout=0.0):
+        settings = FosterSettings(inner_steps=30, penalty=penalty, inner_learning_rate=1e-2, dropout=dropout)
         pair = Pair(task, settings, seed=0)
         pair.fit(batch, lambda: real, task.teacher)
         return pair
@@ -167,6 +167,8 @@ def test_theta_parts_from_phi_through_the_real_data_only(task, synthetic):
     assert theta == pytest.approx(phi, abs=1e-3)
     theta, phi = real_losses(run(0.0))
     assert theta < phi - 0.01
+    theta, phi = real_losses(run(1e9, dropout=0.5))  # the same dropout masks on S
+    assert theta == pytest.approx(phi, abs=1e-2)
 
 
 def test_real_loss_on_all_items_is_the_full_cross_entropy(task):
