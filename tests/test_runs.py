@@ -12,6 +12,7 @@ import pytest
 import foster_lib.records as records
 from foster_lib.config import (
     EncoderSettings,
+    Profile,
     Settings,
     StudentSettings,
     build,
@@ -22,7 +23,7 @@ from foster_lib.execution import Call, execute, parallel, resolve_device
 from foster_lib.methods import METHODS
 from foster_lib.paths import write_atomically
 from foster_lib.records import code_fingerprint
-from foster_lib.runs import Run, load_catalogue, load_once
+from foster_lib.runs import Run, load_catalogue, load_once, plan
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.tables import COLUMNS, long_table, write_table2
 from foster_lib.training import TrainSettings
@@ -104,6 +105,42 @@ def test_finished_runs_are_reused_and_damaged_ones_made_again(settings):
     again = execute(runs, say=quiet, progress=False)
     assert [m["test"] for m in again] == [m["test"] for m in first]
     assert not list(runs[0].path.parent.glob(".*"))
+
+
+def test_further_students_read_what_the_first_has_stored(settings):
+    """They do not distil again, differ by seed, and the table takes their mean within a seed."""
+    first, second = runs = [Run(settings, "random", 0, student) for student in (0, 1)]
+    assert second.distilled_path == first.distilled_path and second.path != first.path
+    manifests = execute(runs, say=quiet, progress=False)
+    stored = first.distilled_path.stat().st_mtime_ns
+    assert manifests[1]["seconds"]["distillation"] == 0 and manifests[1]["student_number"] == 1
+    assert manifests[0]["test"] != manifests[1]["test"]
+    row = long_table(manifests).set_index("metric").loc["mrr"]
+    assert row["mean"] == pytest.approx(np.mean([m["test"]["mrr"] for m in manifests])) and row["runs"] == 1
+    second.path.unlink()
+    assert execute([second], say=quiet, progress=False)[0]["test"] == manifests[1]["test"]
+    assert first.distilled_path.stat().st_mtime_ns == stored
+    second.path.unlink()
+    first.distilled_path.unlink()  # lost: the first run makes it again
+    assert execute([second], say=quiet, progress=False)[0]["test"] == manifests[1]["test"]
+    assert first.distilled_path.is_file()
+
+
+def test_a_plan_holds_every_run_once(settings, monkeypatch):
+    """Unseeded methods once, students only where sequences are condensed; wrong names end it."""
+    raw = {"encoder": {"name": "tiny"}, "students": 2}
+    profile = Profile("cpu", ["toy"], [0, 1], "leave-one-out", [], raw, students=2)
+    runs = plan(profile, ["toy"], ["popularity", "full", "random"], [0, 1])
+    assert [(run.method, run.seed, run.student) for run in runs] == [
+        ("popularity", 0, 0),
+        ("full", 0, 0),
+        ("full", 1, 0),
+        *[("random", seed, student) for seed in (0, 1) for student in (0, 1)],
+    ]
+    with pytest.raises(FosterError, match="unknown method"):
+        plan(profile, ["toy"], ["randm"], [0])
+    with pytest.raises(FosterError, match="unknown split"):
+        plan(profile, ["toy"], ["random"], [0], "temporl")
 
 
 def test_results_do_not_depend_on_jobs(settings):
