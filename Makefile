@@ -34,7 +34,7 @@ help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo
 	@echo "  options (2-core times): PROFILE=quick|cpu|paper|smoke  DATASETS=\"ml-100k foods\"  SEEDS=\"0 1 2\""
-	@echo "                          METHODS=\"full kd foster\"  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
+	@echo "                          METHODS=\"full kd foster\"|all  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
 	@echo "  other data sets are read below the folder that FOSTER_DATA names, see README.md"
 
 install: $(STAMP)  ## make .venv with all pinned packages (3 to 10 min, once)
@@ -66,11 +66,14 @@ tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or
 
 test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 3 min)
 
+# Two processes of one thread each use two cores best; a notebook's cells stay together.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile
+
 test-unit: $(STAMP)  ## unit tests only (about 1 min)
-	@$(BIN)/python -m pytest tests
+	@$(PYTEST) tests
 
 test-notebooks: $(STAMP)  ## notebooks only (about 2 min)
-	@$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+	@$(PYTEST) --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

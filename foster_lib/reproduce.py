@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("notebook", help="name without .ipynb, e.g. table2")
     parser.add_argument("--profile", help="one of " + ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml"))))
     parser.add_argument("--datasets", help="names separated by spaces, default: the profile's")
-    parser.add_argument("--methods", help="rows separated by spaces, default: the profile's")
+    parser.add_argument("--methods", help="rows separated by spaces, or all; default: the profile's")
     parser.add_argument("--seeds", help="numbers separated by spaces, default: the profile's")
     parser.add_argument("--split", help="leave-one-out or temporal, default: the profile's")
     parser.add_argument("--jobs", type=int, help="runs side by side, default: number of cores, at most 2")

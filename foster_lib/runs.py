@@ -18,7 +18,7 @@ from foster_lib.coresets import with_labels
 from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
 from foster_lib.evaluation import rank_queries, recommender_scorer
-from foster_lib.methods import check_parameters, get_method
+from foster_lib.methods import METHODS, check_parameters, get_method
 from foster_lib.paths import cache_dir, results_dir
 from foster_lib.recipes import train_full, train_student
 from foster_lib.records import (
@@ -116,8 +116,10 @@ def plan(
 ) -> list[Run]:
     """All runs of a table: each data set, method and seed, and each student of those that condense.
 
-    Names that do not exist, and splits that a data set does not allow, end here.
+    `methods` may be ["all"]. Names that do not exist, and splits that a data set does not allow,
+    end here.
     """
+    methods = list(METHODS) if methods == ["all"] else methods
     settings = {name: profile.settings(name, split) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
