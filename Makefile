@@ -27,7 +27,7 @@ export PYTHONPATH = $(CURDIR)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data reproduce-table1 reproduce-table2 verify tune test test-unit test-notebooks lab lint clean
+.PHONY: help install data reproduce-table1 reproduce-table2 site verify tune test test-unit test-notebooks lab lint clean
 
 help:  ## this list
 	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
@@ -58,13 +58,16 @@ reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
 	@$(BIN)/python -c "from foster_lib.tables import table2_folder as f; print((f('$(PROFILE)', '$(SPLIT)') / 'table2.md').read_text())"
 
+site: $(STAMP)  ## notebooks and tables as a static site in site/ (about a minute)
+	@$(BIN)/python -m foster_lib.site
+
 verify: $(STAMP)  ## are the published figures those of this code? a line per claim (about 4 min)
 	@$(BIN)/python -m foster_lib.verify $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
 
 tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or METHODS=foster
 	@$(BIN)/python -m foster_lib.tune $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(METHODS),--methods "$(METHODS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
 
-test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 3 min)
+test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 6 min)
 
 # Two processes of one thread each use two cores best; a notebook's cells stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile

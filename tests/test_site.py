@@ -19,7 +19,8 @@ from PIL import Image
 from foster_lib import site as site_module
 from foster_lib.errors import FosterError
 from foster_lib.paths import ROOT
-from foster_lib.site import formula, main, write_site
+from foster_lib.site import main, write_site
+from foster_lib.site_template.text import formula
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 README = """# A project & more
@@ -30,6 +31,7 @@ Sentence one. See [the paper](https://example.org/paper). Sentence three.
 
 ## Results
 
+<!-- a mark for tools -->
 | | NDCG |
 |---|---|
 | Full | 0.1 ± 0.0 |
@@ -125,12 +127,18 @@ def real(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def real_pages(real):
+    """Its pages by name, parsed and found sound."""
+    return assert_sound(real)
+
+
 def soups(folder):
-    return {path.name: BeautifulSoup(path.read_text(), "html.parser") for path in folder.glob("*.html")}
+    return {path.name: BeautifulSoup(path.read_text(), "lxml") for path in folder.glob("*.html")}
 
 
 def assert_sound(folder):
-    """Links and pictures lead to files, nothing is loaded from elsewhere, nothing can run."""
+    """Links and pictures lead to files, nothing is loaded from elsewhere, nothing can run; returns the pages."""
     pages = soups(folder)
     for name, soup in pages.items():
         assert not soup.find_all(["script", "iframe", "object", "embed", "form"]), name
@@ -152,13 +160,12 @@ def assert_sound(folder):
         assert len(identifiers) == len(set(identifiers)), name
     style = (folder / "style.css").read_text()
     assert "url(" not in style and "@import" not in style
+    return pages
 
 
 def test_links_resolve_and_pictures_exist(project):
-    folder = make(project)
-    assert_sound(folder)
-    assert {path.name for path in folder.glob("*.html")} == {f"{n}.html" for n in ("index", "quickstart", "learn_1", "table2")}
-    pages = soups(folder)
+    pages = assert_sound(make(project))
+    assert set(pages) == {"index.html", "quickstart.html", "learn_1.html", "table2.html"}
     assert len(pages["quickstart.html"].find_all("img")) == 1
     assert "left panel" in pages["quickstart.html"].img["alt"] and "Part one" in pages["quickstart.html"].img["alt"]
     section = pages["quickstart.html"].find(string=re.compile("See")).parent
@@ -176,6 +183,7 @@ def test_index_shows_readme_tables_figures_and_notebooks(project):
     assert cards[0].div.p.get_text().startswith("Why this, λ") and cards[1].div.p.string == "What is learned?"
     assert len(cards[0].find_all("img")) == 1 and not cards[1].find("img")
     text = index.get_text()
+    assert "mark for tools" not in text and "0.1\u00a0±\u00a00.0" in text
     assert "0.4242" in text and "0.777 [-0.1, +0.2]*" in text and "Not on the site" not in text
     assert [image["src"] for image in index.find(id="table2").find_all("img")] == [
         "images/table2-more-curve.png",
@@ -187,9 +195,7 @@ def test_index_shows_readme_tables_figures_and_notebooks(project):
 
 
 def test_hostile_titles_and_texts_are_shown_not_obeyed(project):
-    folder = make(project)
-    assert_sound(folder)
-    pages = soups(folder)
+    pages = assert_sound(make(project))
     for part in (pages["quickstart.html"].h1, pages["quickstart.html"].title, pages["learn_1.html"].nav):
         assert EVIL in part.get_text()
     page = pages["quickstart.html"]
@@ -209,21 +215,25 @@ def test_a_link_with_a_script_leads_nowhere(project):
 
 def test_a_notebook_says_which_run_its_figures_are_of(project):
     pages = soups(make(project))
-    notes = {name: soup.find(class_="note").string for name, soup in pages.items()}
-    assert notes["quickstart.html"].startswith("notebooks/quickstart.ipynb: committed outputs, profile smoke")
-    assert notes["learn_1.html"].endswith("committed outputs, the notebook's default settings.")
-    assert notes["table2.html"].endswith("run of 2026-01-02, profile cpu.")
+    notes = {name: soup.find(class_="note").get_text() for name, soup in pages.items()}
+    assert notes["quickstart.html"].startswith("Committed outputs, profile smoke")
+    assert notes["learn_1.html"].startswith("Committed outputs, the notebook's default settings.")
+    assert notes["table2.html"].startswith("Run of 2026-01-02, profile cpu. ")
+    assert notes["table2.html"].endswith("results/notebooks/table2.ipynb")
     write(project / "notebooks/table2.ipynb", new_markdown_cell("# Table 2"), new_code_cell("print('new')"))
     (project / "results/notebooks/table2.ipynb").rename(project / "executed.ipynb")
-    assert "never run" in soups(make(project))["table2.html"].find(class_="note").string
+    assert "Never run" in soups(make(project))["table2.html"].find(class_="note").get_text()
     (project / "executed.ipynb").rename(project / "results/notebooks/table2.ipynb")
-    assert "changed since" in soups(make(project))["table2.html"].find(class_="note").string
+    assert "changed since" in soups(make(project))["table2.html"].find(class_="note").get_text()
 
 
 def test_formulas_become_mathml(project):
     page = soups(make(project))["quickstart.html"]
     block = page.find("math", display="block")
-    assert block["alttext"] == r"\frac{a}{b}\quad c" and [part.get_text() for part in block.mfrac.find_all("mi")] == ["a", "b"]
+    assert block["alttext"] == r"\frac{a}{b}\quad c" and [part.get_text() for part in block.mfrac.find_all("mi")] == [
+        "a",
+        "b",
+    ]
     assert page.h1.find("msub").get_text() == "x1"
     assert "$" not in page.get_text()
 
@@ -237,31 +247,38 @@ def test_unreadable_latex_is_an_error_with_its_place(project, latex):
     assert not (project / "site").exists()
 
 
-def test_every_formula_of_the_notebooks_is_on_its_page(real):
+def test_every_formula_of_the_notebooks_is_on_its_page(real_pages):
     """Counted independently: what stands between dollars in the Markdown cells, in order."""
     total = 0
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
         text = re.sub(r"`[^`\n]*`", "", "\n\n".join(cells))
         found = [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, re.S)]
-        page = soups(real)[f"{path.stem}.html"]
+        page = real_pages[f"{path.stem}.html"]
         shown = [math["alttext"] for math in page.find("main").select(".text math")]
-        assert shown == [latex.strip() for latex in found], path.name
+        assert shown == [" ".join(latex.split()) for latex in found], path.name
         assert "\\" not in "".join(math.get_text() for math in page.find_all("math"))
         total += len(shown)
     assert total > 100
 
 
 def test_operators_and_spaces_keep_their_meaning():
-    softmax = BeautifulSoup(formula(r"\operatorname{softmax}_j(s\;h)", "here", "inline"), "html.parser")
+    softmax = BeautifulSoup(formula(r"\operatorname{softmax}_j(s\;h)", "here"), "lxml")
     assert softmax.find("msub").find(True).get_text() == "softmax"
-    minimum = BeautifulSoup(formula(r"\min_S L", "here", "block"), "html.parser")
+    minimum = BeautifulSoup(formula(r"\min_S L", "here", "block"), "lxml")
     assert minimum.find(["munder", "msub"]).get_text() == "minS"
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", '{"cells": []}', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{}]}', b"\xff\xfe"],
+    [
+        "",
+        "{",
+        "[]",
+        '{"cells": []}',
+        '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{}]}',
+        b"\xff\xfe",
+    ],
 )
 @pytest.mark.parametrize("folder", ["notebooks", "results/notebooks"])
 def test_a_damaged_notebook_is_named_and_the_old_site_stays(project, damage, folder, monkeypatch, capsys):
@@ -343,15 +360,18 @@ def test_another_folder_is_not_replaced(project):
     assert (project / "README.md").read_text() == README
 
 
-def test_the_site_of_this_repository_is_sound(real):
-    assert_sound(real)
-    pages = soups(real)
+def test_the_site_of_this_repository_is_complete(real_pages):
+    pages = dict(real_pages)
     index = pages.pop("index.html")
     assert set(pages) == {f"{path.stem}.html" for path in (ROOT / "notebooks").glob("*.ipynb")}
     claims = re.search(r"^## Claims\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.M | re.S)[1]
     rows = [line for line in claims.splitlines() if line.startswith("|")]
     assert len(index.find(id="claims").find_all("tr")) == len(rows) - 1  # without the line under the head
-    assert not [name for name, soup in pages.items() if not soup.find("img")]
+    for name, soup in pages.items():
+        source = ROOT / soup.find(class_="note").code.string
+        assert source.stem == Path(name).stem
+        outputs = [output for cell in nbformat.read(source, 4).cells for output in cell.get("outputs", [])]
+        assert len(soup.find_all("img")) == sum("image/png" in output.get("data", {}) for output in outputs), name
 
 
 CHECK = """<!DOCTYPE html><meta charset="utf-8"><link rel="icon" href="data:,"><body style="margin:0"><script>
@@ -388,14 +408,20 @@ def browser():
     pytest.skip("no Chromium found; on Debian: apt-get install chromium")
 
 
-def test_a_phone_shows_every_page(real, browser, tmp_path):
+def test_a_phone_shows_every_page(real, project, browser, tmp_path):
     """In a frame 390 px wide: no page scrolls sideways, all pictures load, the console is silent."""
-    names = sorted(path.name for path in real.glob("*.html"))
+    long = "+".join(f"x_{{{number}}}" for number in range(60))
+    texts = [f"Long ${long}$ and {'word' * 40} and `{'code' * 40}`.", f"$${long}$$", f"# {'heading' * 20}"]
+    write(project / "notebooks/learn_1.ipynb", new_markdown_cell("# Long\n\n" + "\n\n".join(texts)))
+    make(project)
+    (tmp_path / "real").symlink_to(real)
+    folders = ("real", "project/site")
+    names = [path.relative_to(tmp_path).as_posix() for name in folders for path in (tmp_path / name).glob("*.html")]
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(real))
+            super().__init__(*arguments, directory=str(tmp_path))
 
         def do_GET(self):
             if self.path != "/check":
@@ -415,8 +441,9 @@ def test_a_phone_shows_every_page(real, browser, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        command += ["--no-first-run", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"]
-        command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--window-size=1200,900"]
+        command += ["--no-first-run", "--disable-background-networking", "--hide-scrollbars"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+        command += [f"--user-data-dir={tmp_path / 'browser'}", "--enable-logging=stderr", "--window-size=1200,900"]
         command += ["--virtual-time-budget=60000", "--dump-dom", f"http://127.0.0.1:{server.server_address[1]}/check"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         server.shutdown()

@@ -1,0 +1,281 @@
+"""Studies: which runs they are, what their table says, and the files they write, on the tiny data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from foster_lib import studies
+from foster_lib.config import Profile, load_profile
+from foster_lib.errors import FosterError
+from foster_lib.evaluation import METRICS
+from foster_lib.execution import execute
+from foster_lib.foster import FosterSettings
+from foster_lib.runs import load_catalogue, load_once, make_task, plan
+from foster_lib.studies import COLUMNS, changed, load_study, run_study, study_folder, study_table, write_study
+from foster_lib.synthetic import SyntheticSequences
+from tests.conftest import make_tables, write_tables
+
+FOSTER = {"iterations": 1, "subset": 16, "windows": 4, "pool": 1}
+RAW = {
+    "encoder": {"name": "tiny"},
+    "model": {"width": 16, "layers": 1, "heads": 2, "length": 6, "dropout": 0.1, "adapter_hidden": 8},
+    "full": {"learning_rate": 1.0e-2, "epochs": 3, "batch_size": 16},
+    "student": {"epochs": 4, "validate_every": 2},
+    "sequences": 4,
+    "methods": {"foster": FOSTER},
+}
+SWEEP = {"axis": "N", "change": "parameters.subset", "methods": ["foster"], "values": [16, {"all": 10**6}]}
+SPACE = {
+    "smoke": {"sequences": 3, "methods": {"foster": {"iterations": 3}}},
+    "labels": {
+        "ndcg@10": "NDCG@10",
+        "recall@10": "Recall@10",
+        "coverage": "coverage",
+        "tail_share": "tail",
+        "bytes": "bytes",
+    },
+    "notes": "A note.",
+    "studies": {
+        "parts": {
+            "title": "Parts",
+            "references": ["kd"],
+            "panels": ["ndcg@10"],
+            "variants": [
+                {"name": "no regulariser", "change": {"parameters": {"regulariser": 0}}},
+                {"name": "by hand", "change": {"parameters": {"regulariser": 0.1}}},
+            ],
+            "smoke": ["no regulariser"],
+        },
+        "sizes": {
+            "title": "Sizes",
+            "panels": ["ndcg@10", "coverage", "tail_share"],
+            "targets": True,
+            "sweeps": [{**SWEEP, "smoke": [8]}],
+        },
+        "costs": {"title": "Costs", "references": "table2", "panels": ["bytes"], "run": False},
+    },
+}
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    """A function that writes the studies' file; the tiny data set; results in the test's own folder."""
+    monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
+    monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
+    write_tables(tmp_path, *make_tables())
+    load_once.cache_clear()
+    load_catalogue.cache_clear()
+    monkeypatch.setattr(studies, "SPACE", tmp_path / "studies.yaml")
+
+    def write(content: dict = SPACE) -> None:
+        (tmp_path / "studies.yaml").write_text(yaml.safe_dump(content))
+
+    write()
+    return write
+
+
+@pytest.fixture
+def profile():
+    return Profile("cpu", ["toy"], [0, 1], "leave-one-out", ["full", "untrained", "random", "foster"], RAW)
+
+
+def quiet(line):
+    pass
+
+
+def test_runs_of_table_2_are_reused(space, profile):
+    """FOSTER and the references are the runs that Table 2 has; a broken-off study computes only the rest."""
+    execute(plan(profile, ["toy"], ["full", "untrained", "kd", "foster"], [0]), say=quiet, progress=False)
+    study = load_study("parts", profile)
+    planned = study.runs(profile, ["toy"], [0])
+    assert len({run.path for _, run in planned}) == 5 and len(planned) == 6
+    said = []
+    run_study(study, planned, say=said.append, progress=False)
+    assert said[0].startswith("4 of 5 runs are reused") and len(said) == 1 + 1
+    said.clear()
+    run_study(study, planned, say=said.append, progress=False)
+    assert said == [said[0]] and said[0].startswith("5 of 5")
+
+
+def test_a_change_makes_another_key_and_a_default_does_not(space, profile):
+    base = plan(profile, ["toy"], ["foster"], [0])[0]
+
+    def key(method="foster", **change):
+        run = replace(base, method=method)
+        return replace(run, settings=changed(run.settings, method, change)).key
+
+    assert key(parameters={"regulariser": 0.1}) == key(parameters={"subset": 16}) == base.key
+    different = [
+        base.key,
+        key(parameters={"regulariser": 0}),
+        key(parameters={"subset": 512}),  # the default of the library is not this profile's
+        key(sequences=5),
+        key(model={"length": 5}),
+        key(student={"epochs": 5}),
+        key(full={"epochs": 4}),
+        key(methods={"foster": {"iterations": 2}}),
+    ]
+    assert len(set(different)) == len(different)
+    assert key("full", sequences=5) == key("full") and key("full", model={"length": 5}) != key("full")
+    assert base.settings.methods == {"foster": FOSTER}  # nothing was changed in place
+
+
+def test_the_smoke_profile_has_values_of_its_own(space, profile):
+    smoke = replace(profile, name="smoke")
+    study = load_study("parts", smoke)
+    assert [variant.name for variant in study.variants if not variant.sweep] == ["no regulariser"]
+    settings = [run.settings for _, run in study.runs(smoke, ["toy"], [0])]
+    assert {one.sequences for one in settings} == {3}
+    assert all(one.methods["foster"]["iterations"] == 3 and one.methods["foster"]["subset"] == 16 for one in settings)
+    assert [v.value for v in load_study("sizes", smoke).variants if v.sweep == "N"] == ["8"]
+    assert [v.value for v in load_study("sizes", profile).variants if v.sweep == "N"] == ["16", "all"]
+    assert study_folder("parts", "smoke", "temporal").parts[-2:] == ("smoke", "parts-temporal")
+    assert study_folder("parts", "cpu").name == "parts"
+
+
+def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
+    profile = replace(profile, students=2)
+    study = load_study("sizes", profile)
+    planned, table = run_study(study, study.runs(profile, ["toy"], [0, 1]), say=quiet, progress=False)
+    assert list(table.columns) == COLUMNS
+    cells = table.set_index(["variant", "metric"])
+    by_name: dict[str, list] = {}
+    for variant, run in planned:
+        by_name.setdefault(variant.name, []).append(run)
+    assert list(by_name) == list(table["variant"].unique())
+
+    def seed_means(name, figure):
+        return [np.mean([figure(r.manifest()) for r in by_name[name] if r.seed == seed]) for seed in (0, 1)]
+
+    for name, runs in by_name.items():
+        assert len(runs) == (4 if runs[0].method == "foster" else 2)
+        for metric in METRICS:
+            values, cell = seed_means(name, lambda m, metric=metric: m["test"][metric]), cells.loc[(name, metric)]
+            assert cell["mean"] == pytest.approx(np.mean(values)) and cell["runs"] == 2
+            assert cell["std"] == pytest.approx(np.std(values, ddof=1))
+            full, untrained = (cells.loc[(of, metric), "mean"] for of in ("Full data", "Untrained (text similarity)"))
+            assert cell["ratio_to_full"] == pytest.approx(np.mean(values) / full)
+            assert cell["recovered_gain"] == pytest.approx(
+                (np.mean(values) - untrained) / (full - untrained), nan_ok=True
+            )
+    name = "FOSTER, N: all"
+    own, cell = by_name[name], cells.loc[(name, "ndcg@10")]
+    first = [run.manifest() for run in own if not run.student]
+    teacher = np.mean([run.manifest()["seconds"]["training"] for run in by_name["Full data"]])
+    distil = np.mean([manifest["seconds"]["distillation"] for manifest in first])
+    assert cell["distil_seconds"] == pytest.approx(distil)
+    train = np.mean([manifest["seconds"]["training"] for manifest in first])
+    assert cell["total_seconds"] == pytest.approx(teacher + distil + train)
+    assert cell["bytes"] == SyntheticSequences.load(own[0].distilled_path).size_in_bytes()
+    assert cells.loc[("Full data", "ndcg@10"), "bytes"] == 4 * load_once("toy").statistics()["interactions"]
+    assert (cells["as_profile"] == cells.index.get_level_values(0).isin(["FOSTER", "FOSTER, N: 16"])).all()
+    assert cells.loc[("FOSTER, N: 16", "ndcg@10"), "mean"] == cells.loc[("FOSTER", "ndcg@10"), "mean"]
+    assert pd.isna(cells.loc[("FOSTER", "coverage"), "ratio_to_full"]) and pd.isna(
+        cells.loc[("FOSTER", "bytes"), "recovered_gain"]
+    )
+
+    path = write_study(study, planned, table, tmp_path / "out")
+    text = path.read_text()
+    assert "FOSTER, N: 16 †" in text and "A note." in text and "Hardware" in text and "minus it" in text
+    written = pd.read_csv(tmp_path / "out" / "sizes.csv")
+    assert list(written.columns) == COLUMNS and len(written) == len(table)
+    assert written["mean"].to_numpy() == pytest.approx(table["mean"].to_numpy(), rel=1e-5, nan_ok=True)
+    for suffix in ("tex", "png", "pdf"):
+        assert (tmp_path / "out" / f"sizes.{suffix}").stat().st_size > 500
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_target_figures_by_a_loop(space, profile):
+    planned = load_study("sizes", profile).runs(profile, ["toy"], [0])
+    full, run = (next(run for _, run in planned if run.method == method) for method in ("full", "foster"))
+    execute([full, run], say=quiet, progress=False)
+    task, stored = make_task(run), SyntheticSequences.load(run.distilled_path)
+    seen = {item: sum(list(sequence).count(item) for sequence in task.train) for item in range(task.n_items)}
+    popular = sorted(seen, key=lambda item: (-seen[item], item))
+    y = stored.target_probabilities(task.embeddings)
+    rows = [y[n, t] for n in range(len(stored)) for t in range(y.shape[1]) if stored.mask[n, t]]
+    figures = studies.target_figures(run)
+    assert figures["coverage"] == len({int(row.argmax()) for row in rows})
+    assert figures["head_share"] == pytest.approx(
+        sum(float(row[popular[:4]].sum()) for row in rows) / len(rows), rel=1e-5
+    )
+    assert figures["tail_share"] == pytest.approx(
+        sum(float(row[popular[20:]].sum()) for row in rows) / len(rows), rel=1e-5
+    )
+    nexts = [item for sequence in task.train for item in sequence[1:]]
+    real = studies.target_figures(full)
+    assert real["head_share"] == pytest.approx(sum(item in popular[:4] for item in nexts) / len(nexts))
+    assert set(real) == {"head_share", "tail_share"}
+    assert studies.target_figures(replace(full, method="popularity")) == {}
+
+
+def test_costs_are_read_and_nothing_is_run(space, profile, monkeypatch, tmp_path):
+    execute(plan(profile, ["toy"], ["full", "random"], [0]), say=quiet, progress=False)
+    monkeypatch.setattr(studies, "execute", lambda *_, **__: pytest.fail("a run was started"))
+    study = load_study("costs", profile)
+    planned, table = run_study(study, study.runs(profile, ["toy"], [0, 1]))
+    assert [run.method for _, run in planned] == ["full", "random"]
+    costs = table[table["metric"] == "ndcg@10"].set_index("method")
+    assert costs.loc["random", "bytes"] == 4 * 6 * 9 and (costs["runs"] == 1).all()
+    assert costs.loc["random", "total_seconds"] == costs.loc["random", ["distil_seconds", "train_seconds"]].sum()
+    assert pd.isna(costs.loc["random", "recovered_gain"])  # the untrained model was not run
+    path = write_study(study, planned, table, tmp_path / "costs")
+    assert "minus it" not in path.read_text() and path.with_suffix(".png").is_file()
+    # Without full data nobody knows what a teacher cost.
+    assert study_table(study, planned[1:])["ratio_to_full"].isna().all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"variants": [{"name": "a", "chnge": {}}]}, "'chnge'.*Did you mean 'change'"),
+        ({"variants": [{"name": "a", "change": {"parameter": {}}}]}, "'parameter'.*Did you mean 'parameters'"),
+        ({"variants": [{"name": "a", "change": {"parameters": {"subst": 3}}}]}, "'subst'.*Did you mean 'subset'"),
+        ({"variants": [{"name": "a", "method": "foser"}]}, "unknown method 'foser'"),
+        ({"sweeps": [{**SWEEP, "value": [1]}]}, "'value'.*Did you mean 'values'"),
+        ({"sweeps": [{**SWEEP, "change": "parameters.subst"}]}, "'subst'"),
+        ({"sweeps": [{**SWEEP, "change": "modell.length"}]}, "'modell'.*Did you mean 'model'"),
+        ({"panels": ["ndcg@7"]}, "'ndcg@7'"),
+        ({"panel": ["ndcg@10"]}, "'panel'.*Did you mean 'panels'"),
+    ],
+)
+def test_unknown_keys_are_refused(space, profile, change, message):
+    space({**SPACE, "studies": {"wrong": {"title": "Wrong", "panels": ["ndcg@10"], **change}}})
+    with pytest.raises(FosterError, match=message):
+        load_study("wrong", profile)
+
+
+def test_wrong_settings_of_a_section_are_refused(space, profile):
+    settings = profile.settings("toy")
+    with pytest.raises(FosterError, match="'lenght'.*Did you mean 'length'"):
+        changed(settings, "foster", {"model": {"lenght": 5}})
+    with pytest.raises(FosterError, match="unknown study 'part'.*Did you mean 'parts'"):
+        load_study("part", profile)
+
+
+@pytest.mark.parametrize("name", yaml.safe_load(studies.SPACE.read_text(encoding="utf-8"))["studies"])
+@pytest.mark.parametrize("profile_name", ["smoke", "cpu", "paper"])
+def test_every_study_that_is_shipped_can_be_planned(name, profile_name):
+    """Each is read for each profile; each sweep passes through the published settings."""
+    chosen = load_profile(profile_name)
+    study = load_study(name, chosen)
+    names = [variant.name for variant in study.variants]
+    assert len(set(names)) == len(names)
+    settings = chosen.settings("ml-100k")
+    for variant in study.variants:
+        if variant.method == "foster":
+            own = changed(changed(settings, "", study.laid_over), variant.method, variant.change)
+            FosterSettings(**own.methods["foster"])
+    sweeps = {variant.sweep for variant in study.variants} - {"", "reference"}
+    if profile_name == "cpu":
+        unchanged = {
+            v.sweep
+            for v in study.variants
+            if v.method == "foster" and changed(settings, "foster", v.change) == settings
+        }
+        assert sweeps <= unchanged
