@@ -298,7 +298,7 @@ def test_a_damaged_notebook_is_named_and_the_old_site_stays(project, damage, fol
 def test_missing_or_damaged_sources_are_named(project):
     notebook = project / "notebooks/learn_1.ipynb"
     output = picture()
-    output.data["image/png"] = base64.b64encode(png()[:40]).decode()
+    output.data["image/png"] = base64.b64encode(png()[:55]).decode()
     write(notebook, new_markdown_cell("# T"), executed("pass", output))
     with pytest.raises(FosterError, match=r"learn_1\.ipynb, cell 1: a picture is damaged"):
         make(project)
