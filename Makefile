@@ -61,7 +61,7 @@ reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min
 site: $(STAMP)  ## notebooks and tables as a static site in site/ (about a minute)
 	@$(BIN)/python -m foster_lib.site
 
-verify: $(STAMP)  ## are the published figures those of this code? a line per claim (about 4 min)
+verify: $(STAMP)  ## are the published figures those of this code? a line per claim (about 5 min)
 	@$(BIN)/python -m foster_lib.verify $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
 
 tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or METHODS=foster

@@ -213,8 +213,8 @@ def write_study(study: Study, planned: Planned, table: pd.DataFrame, folder: Pat
         save = functools.partial(figure.savefig, dpi=160, metadata=_no_date(suffix))
         write_atomically(folder / f"{study.name}.{suffix}", save)
     plt.close(figure)
-    notes = [study.spec["notes"], "", f"Hardware: {'; '.join(hardware)}.", ""]
-    return write_text(folder / f"{study.name}.md", "\n".join(markdown + notes))
+    markdown += [study.spec["notes"], "", f"Hardware: {'; '.join(hardware)}.", ""]
+    return write_text(folder / f"{study.name}.md", "\n".join(markdown))
 
 
 def readable_table(study: Study, planned: Planned, part: pd.DataFrame) -> pd.DataFrame:
@@ -235,9 +235,8 @@ def readable_table(study: Study, planned: Planned, part: pd.DataFrame) -> pd.Dat
             test = paired_bootstrap(*(np.mean(ranks[of], axis=0) for of in (get_method(BASE).title, name)))
             interval = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
             row["FOSTER minus it, 95 %"] = "" if as_profile else interval + "*" * (test["low"] > 0 or test["high"] < 0)
-        for key, title in zip(COSTS, ("Distil s", "Train s", "Total s", "MiB", "KiB")):
-            row[title] = _number(first[key] / (1024 if key == "bytes" else 1), 0)
-        rows.append(row)
+        costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
+        rows.append(row | {title: _number(value, 0) for title, value in costs})
     return pd.DataFrame(rows)
 
 
@@ -261,7 +260,7 @@ def study_figure(study: Study, table: pd.DataFrame) -> plt.Figure:
 def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
     own = part[part["sweep"] == sweep]
     labels = list(own["value"].unique())  # equal steps on the axis: values are far apart, and some are words
-    for (method, line), form in zip(own.groupby("method", sort=False), ("o-", "s--", "^:", "D-.")):
+    for (method, line), form in zip(own.groupby("method", sort=False), ("C0o-", "C1s--", "C2^:", "C3D-.")):
         place = [labels.index(value) for value in line["value"]]
         axis.errorbar(place, line["mean"], line["std"].fillna(0), fmt=form, capsize=3, label=get_method(method).title)
         ringed = [labels.index(value) for value in line.loc[line["as_profile"], "value"]]
@@ -279,7 +278,8 @@ def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
 def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
     metric = part["metric"].iloc[0]
     part = part.assign(place=np.arange(len(part))[::-1])
-    part["mean"] = part["mean"].clip(lower=0.01) if metric in COSTS else part["mean"]  # what takes no time, on a log axis
+    if metric in COSTS:
+        part["mean"] = part["mean"].clip(lower=0.01)  # what takes no time, on a logarithmic axis
     for as_profile, look in ((False, {"fmt": "o", "color": "C0"}), (True, {"fmt": "D", "color": "C1", "ms": 7})):
         own = part[part["as_profile"] == as_profile]
         axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
