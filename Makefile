@@ -27,14 +27,15 @@ export PYTHONPATH = $(CURDIR)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data reproduce-table1 reproduce-table2 site verify tune test test-unit test-notebooks lab lint clean
+.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-figures \
+	reproduce-all site verify tune test test-unit test-notebooks lab lint clean
 
 help:  ## this list
 	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo
 	@echo "  options (2-core times): PROFILE=quick|cpu|paper|smoke  DATASETS=\"ml-100k foods\"  SEEDS=\"0 1 2\""
-	@echo "                          METHODS=\"full kd foster\"|all  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
+	@echo "                          METHODS=\"full random+labels foster\"|all  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
 	@echo "  other data sets are read below the folder that FOSTER_DATA names, see README.md"
 
 install: $(STAMP)  ## make .venv with all pinned packages (3 to 10 min, once)
@@ -57,6 +58,18 @@ reproduce-table1: $(STAMP)  ## Table 1, statistics of the data sets at hand (abo
 reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min, 2 cores; again: seconds)
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
 	@$(BIN)/python -c "from foster_lib.tables import table2_folder as f; print((f('$(PROFILE)', '$(SPLIT)') / 'table2.md').read_text())"
+
+reproduce-table3: $(STAMP)  ## Table 3, what Table 2's finished runs cost (PROFILE=cpu: the published ones; under 1 min)
+	@$(BIN)/python -m foster_lib.reproduce table3_efficiency $(OPTIONS)
+
+reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (about 1.5 h for 3 seeds, 2 cores; SEEDS=0: a third)
+	@$(BIN)/python -m foster_lib.reproduce table4_ablation $(OPTIONS)
+
+reproduce-figures: $(STAMP)  ## all figures beside Table 2's (about 3.5 h for 3 seeds, 2 cores)
+	@$(BIN)/python -m foster_lib.reproduce figures $(OPTIONS)
+
+reproduce-all: $(STAMP)  ## all tables and figures, in order (about 5 h for 3 seeds, 2 cores; PROFILE=smoke: a trial)
+	@$(BIN)/python -m foster_lib.reproduce all $(OPTIONS)
 
 site: $(STAMP)  ## notebooks and tables as a static site in site/ (about a minute)
 	@$(BIN)/python -m foster_lib.site

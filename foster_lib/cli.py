@@ -112,7 +112,9 @@ def train(
 def distill(
     data: Data,
     out: Out,
-    method: Annotated[str, typer.Option(help="foster, kd, random-kd, k-center, ...: rows of Table 2.")] = "foster",
+    method: Annotated[
+        str, typer.Option(help="foster, kd, td3, random, random+labels, ...: rows of Table 2.")
+    ] = "foster",
     sequences: Annotated[int | None, typer.Option(help="How many; default: the profile's, 20.")] = None,
     profile: Profile = "quick",
     split: Split = "",
@@ -227,14 +229,10 @@ def export(
     """
     from foster_lib.export import decode
     from foster_lib.export import export as write
-    from foster_lib.recommender import SEQUENCES, Recommender, check_target
-    from foster_lib.synthetic import SyntheticSequences
+    from foster_lib.recommender import Recommender, check_target, load_sequences
 
     check_target(out, overwrite)
-    recommender = Recommender.load(folder)
-    if not (folder / SEQUENCES).is_file():
-        raise FosterError(f"{folder} holds no {SEQUENCES}: `train` makes none. Name a folder that `distill` wrote.")
-    sequences = SyntheticSequences.load(folder / SEQUENCES)
+    recommender, sequences = Recommender.load(folder), load_sequences(folder)
     about = {name: recommender.about.get(name) for name in ("dataset", "method", "seed")}
     decoded = decode(sequences, recommender.embeddings, recommender.item_ids, recommender.titles, top, about)
     write(decoded, kind, out, overwrite)
@@ -298,11 +296,9 @@ def _run(
     run.description()  # unknown parameters
     if fields := get_method(method).settings:
         build(fields, run.parameters, f"methods.{method}")
-    settings, model = run.settings, run.settings.model
+    settings = run.settings
     if not isinstance(settings.sequences, int) or settings.sequences < 1:
         raise FosterError(f"sequences is {settings.sequences!r}: give a whole number above 0.")
-    if model.width % model.heads:
-        raise FosterError(f"model.width={model.width} does not divide into model.heads={model.heads}: change one.")
     make_split(load_once(settings.dataset), settings.split)
     return run
 

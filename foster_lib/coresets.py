@@ -63,11 +63,7 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """
     teacher = task.teacher
     hidden = teacher(chosen.items.to(task.device), teacher.features())
-    return replace(
-        chosen,
-        adapter={name: tensor.detach().cpu().clone() for name, tensor in teacher.adapter.state_dict().items()},
-        labels=(teacher.log_scale.exp() * hidden).cpu(),
-    )
+    return replace(chosen, adapter=teacher.adapter_weights(), labels=(teacher.log_scale.exp() * hidden).cpu())
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -11,7 +11,9 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -98,7 +100,8 @@ class TextEncoder(nn.Module):
 
         Texts are sorted by length so that batches hold little padding. The result is kept in the
         cache folder under a key made of the weights, the texts and the precision, so a catalogue
-        is embedded once.
+        is embedded once. On a CPU each batch is one core's: how a matrix product is shared out
+        among threads changes its last bits, and all training that follows from them.
         """
         precision = fast_precision(device)
         path = cache_dir() / "embeddings" / f"{self._content_key(texts, precision)}.safetensors"
@@ -108,16 +111,22 @@ class TextEncoder(nn.Module):
         order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]), i))
         embeddings = torch.empty(len(texts), self.width)
         self.model.to(device)
-        bar = tqdm(total=len(texts), desc=f"embedding with {self.name}", unit="text", disable=not progress)
-        for start in range(0, len(order), 64):
-            chosen = order[start : start + 64]
+        batches = [order[start : start + 64] for start in range(0, len(order), 64)]
+
+        def embed_batch(chosen: list[int]) -> Tensor:
             batch, mask = pad([tokens[i] for i in chosen])
             autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
             with torch.inference_mode(), autocast:
-                pooled = self(batch.to(device), mask.to(device))
-            embeddings[chosen] = pooled.float().cpu()
-            bar.update(len(chosen))
-        bar.close()
+                return self(batch.to(device), mask.to(device)).float().cpu()
+
+        with (
+            one_thread_each() as threads,
+            ThreadPoolExecutor(threads if torch.device(device).type == "cpu" else 1) as pool,
+            tqdm(total=len(texts), desc=f"embedding with {self.name}", unit="text", disable=not progress) as bar,
+        ):
+            for chosen, embedded in zip(batches, pool.map(embed_batch, batches)):
+                embeddings[chosen] = embedded
+                bar.update(len(chosen))
         if use_cache:
             write_atomically(path, lambda temporary: save_file({"embeddings": embeddings}, temporary))
         return embeddings
@@ -140,7 +149,7 @@ class TextEncoder(nn.Module):
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        digest.update(json.dumps([texts, self.max_tokens, precision]).encode())
+        digest.update(json.dumps([texts, self.max_tokens, precision, "one thread"]).encode())
         return digest.hexdigest()[:24]
 
 
@@ -254,6 +263,20 @@ class TunedCatalogue(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ helpers
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Within the block PyTorch computes each operation on the thread that asks for it alone.
+
+    Yields how many threads it would have used.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def fast_precision(device: str) -> str:

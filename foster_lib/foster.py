@@ -1,31 +1,21 @@
 """FOSTER: first-order distillation of a data set into a handful of synthetic sequences.
 
 Symbols: S synthetic sequences with inputs p and targets y, φ the inner model that trains on S
-alone, θ the outer model that sees real data as well, f(e) item features, N size of the item subset.
+alone, f(e) item features, N size of the item subset.
 
-The bi-level problem  min_S L_real(φ*(S)),  φ*(S) = argmin_φ L_syn(φ; S)  becomes the
-single-level penalty problem (value-function form; Ye et al. 2022, Kwon et al. 2023)
-
-    min_{θ, S} J(θ, S) = L_real(θ) + λ [L_syn(θ; S) − min_φ L_syn(φ; S)],
-
-whose gradients are all of first order:
-
-    θ on  L_real(θ) + λ L_syn(θ; S),     φ on  L_syn(φ; S),
-    S on  ∂J/∂S = λ [∂L_syn(θ; S)/∂S − ∂L_syn(φ; S)/∂S],
-
-a difference of two ordinary input gradients; nothing is differentiated through training. Where
-it vanishes, real data have nothing to add to what S teaches. One iteration of `distill`:
+The problem is  min_S L_real(φ*(S)),  φ*(S) = argmin_φ L_syn(φ; S).  One iteration of `distill`:
 
 1. draw a subset of N items; embed only those (`subsets`);
-2. φ takes W steps on L_syn, θ takes W steps on L_real + λ L_syn (`Pair.fit`);
-3. S steps along ∂J/∂S plus the gradient of the co-occurrence regulariser (`synthetic_gradient`);
-4. every R iterations θ and φ are reset to one random checkpoint of the real trajectory
-   (`Pair.reset`), because S would otherwise fit the one model it grew up with.
+2. a student φ takes W steps on L_syn, and S gets the gradient of the student's loss on real data,
+   ∂L_real(φ)/∂S, from first-order gradients alone: by looking back over the W steps (`adjoint`), or
+   as the difference to an outer model θ that sees real data as well (`penalty`);
+3. S steps along that gradient plus the one of the co-occurrence regulariser L_r;
+4. every R iterations φ is reset to a random checkpoint of the real trajectory, because S would
+   otherwise fit the one model it grew up with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,18 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foster_lib.adjoint import Rollout
 from foster_lib.coresets import kd
-from foster_lib.errors import FosterError
-from foster_lib.sasrec import Dropout, SASRec
-from foster_lib.subsets import (
-    FeatureBank,
-    Subset,
-    SyntheticBatch,
-    real_loss,
-    sample_subset,
-    subset_inputs,
-    synthetic_loss,
-)
+from foster_lib.errors import FosterError, check_known
+from foster_lib.penalty import Pair
+from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import Batch, make_batch, warmup_cosine
@@ -56,25 +39,26 @@ class FosterSettings:
     """All constants of the distillation.
 
     iterations : steps on the synthetic data
+    hypergradient : how ∂L_real/∂S is found, "adjoint" or "penalty"
     subset : N, items drawn per iteration
-    windows : real windows per step of θ
-    penalty : λ
-    pool : pairs (θ, φ) trained side by side, reset at different times
-    inner_steps : W, steps of θ and φ per iteration
-    inner_learning_rate, inner_warmup : of the Adam of θ and φ
-    dropout : of θ and φ, as of the students
-    reset_every : R, iterations that a pair serves between two resets
+    windows : real windows per evaluation of L_real
+    pool : students trained side by side, reset at different times
+    inner_steps : W, steps of φ per iteration
+    inner_learning_rate, inner_warmup : of its Adam
+    dropout : of φ, as of the students
+    reset_every : R, iterations that φ serves between two resets
     checkpoints : how many of the trajectory's checkpoints, from its start, resets are drawn from
+    probe : length of the finite differences of the adjoint; penalty : λ of the penalty form
     input_learning_rate, label_learning_rate : Adam on z_x, β and on z_y
-    regulariser : weight of L_r beside the gap L_syn(θ) − L_syn(φ)
+    regulariser : weight of L_r beside the hypergradient (which the adjoint scales to length 1)
     neighbours, neighbour_temperature : of the item similarity in L_r
     sharpness : norm of z_x at the start; bonus : β at the start
     """
 
-    iterations: int = 400
+    iterations: int = 600
+    hypergradient: str = "adjoint"
     subset: int = 512
-    windows: int = 16
-    penalty: float = 1.0
+    windows: int = 32
     pool: int = 4
     inner_steps: int = 4
     inner_learning_rate: float = 5e-3
@@ -82,108 +66,21 @@ class FosterSettings:
     dropout: float = 0.1
     reset_every: int = 100
     checkpoints: int = 3
-    input_learning_rate: float = 0.01
-    label_learning_rate: float = 0.003
-    regulariser: float = 0.1
+    probe: float = 3e-3
+    penalty: float = 1.0
+    input_learning_rate: float = 0.006
+    label_learning_rate: float = 0.002
+    regulariser: float = 10.0
     neighbours: int = 4
     neighbour_temperature: float = 0.05
     sharpness: float = 4.0
     bonus: float = 8.0
 
-
-# ------------------------------------------------------------ inner and outer model
-
-
-class Learner:
-    """A recommender with its Adam, trained a few steps at a time."""
-
-    def __init__(self, model: SASRec, settings: FosterSettings):
-        self.model, self.settings = model, settings
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.forget()
-
-    def reset(self, checkpoint: dict[str, Tensor]) -> None:
-        """Take the checkpoint's weights, bit for bit, and forget the optimiser's state."""
-        self.model.load_state_dict(checkpoint)
-        self.forget()
-
-    def forget(self) -> None:
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.settings.inner_learning_rate)
-        self.steps = 0
-
-    def step(self, loss_of: Callable[[SASRec], Tensor]) -> float:
-        """One step of Adam, with dropout, on `loss_of(model)`; returns the loss."""
-        self.model.train()
-        rise = min(1.0, (self.steps + 1) / self.settings.inner_warmup)
-        self.optimizer.param_groups[0]["lr"] = self.settings.inner_learning_rate * rise
-        loss = loss_of(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.steps += 1
-        self.model.eval()
-        return float(loss.detach())
+    def __post_init__(self) -> None:
+        check_known(self.hypergradient, HYPERGRADIENTS, "hypergradient")
 
 
-class Pair:
-    """φ and θ, which start from the same checkpoint and part only through the real data."""
-
-    def __init__(self, task: Task, settings: FosterSettings, seed: int):
-        self.settings = settings
-        task = replace(task, model_settings=replace(task.model_settings, dropout=settings.dropout))
-        self.phi, self.theta = (Learner(task.new_model(seed), settings) for _ in range(2))
-        self.served, self.steps, self.seed = 0, 0, seed
-
-    def reset(self, checkpoint: dict[str, Tensor]) -> None:
-        """Trajectory-anchored reset of both models; their optimisers forget."""
-        self.phi.reset(checkpoint)
-        self.theta.reset(checkpoint)
-        self.served = 0
-
-    def couple_dropout(self) -> None:
-        """Let θ draw the dropout masks on S that φ draws: then only the real data part them."""
-        self.steps += 1
-        for learner in (self.phi, self.theta):
-            for module in learner.model.modules():
-                if isinstance(module, Dropout):
-                    module.generator.manual_seed(self.seed * 2**20 + self.steps)
-
-    def fit(
-        self, batch: SyntheticBatch, draw_windows: Callable[[], Batch], teacher: SASRec | None
-    ) -> tuple[float, float]:
-        """W steps each, S held fixed: φ on L_syn, θ on (L_real + λ L_syn) / (1 + λ).
-
-        Parameters
-        ----------
-        batch : SyntheticBatch
-            Detached from S.
-        draw_windows : callable
-            Draws real windows, anew for each step of θ.
-        teacher : SASRec or None
-            Labels them in L_real; without one their real next items are the targets.
-
-        Returns
-        -------
-        L_syn(φ; S) and L_real(θ), last values
-        """
-        weight, outer = self.settings.penalty, 0.0
-
-        def joint_loss(model: SASRec, windows: Batch) -> Tensor:
-            nonlocal outer
-            subset = batch.subset if teacher else batch.subset.including(windows.targets)
-            bank = FeatureBank(model, subset.items, batch.anchors, windows.inputs)
-            synthetic = synthetic_loss(model, batch, bank)  # first: with the dropout masks that φ has drawn
-            real = real_loss(model, windows, subset, teacher, bank)
-            outer = float(real.detach())
-            return (real + weight * synthetic) / (1 + weight)
-
-        for _ in range(self.settings.inner_steps):
-            self.couple_dropout()
-            inner = self.phi.step(lambda model: synthetic_loss(model, batch))
-            windows = draw_windows()
-            self.theta.step(lambda model, windows=windows: joint_loss(model, windows))
-        return inner, outer
+HYPERGRADIENTS = {"adjoint": Rollout, "penalty": Pair}
 
 
 # ------------------------------------------------------- co-occurrence regulariser
@@ -277,23 +174,6 @@ class Synthesizer:
         ).to("cpu")
 
 
-def synthetic_gradient(
-    synthetic: Synthesizer, batch: SyntheticBatch, theta: SASRec, phi: SASRec, weight: float
-) -> tuple[list[Tensor], float, float]:
-    """Gradient of L_syn(θ; S) − L_syn(φ; S) + weight · L_r with respect to S.
-
-    The penalty λ is left out here: Adam, which follows, is indifferent to a common factor.
-
-    Returns
-    -------
-    gradients of `Synthesizer.tensors`; the gap L_syn(θ) − L_syn(φ); L_r
-    """
-    gap = synthetic_loss(theta, batch) - synthetic_loss(phi, batch)
-    regulariser = synthetic.regulariser(batch) if weight else torch.zeros(())
-    gradients = torch.autograd.grad(gap + weight * regulariser, synthetic.tensors)
-    return list(gradients), float(gap.detach()), float(regulariser.detach())
-
-
 def distill(
     task: Task,
     start: SyntheticSequences,
@@ -311,7 +191,7 @@ def distill(
     task : Task
         With a trajectory of full-data training, and a teacher if S reads one.
     seed : int
-        Of subsets, windows and resets.
+        Of subsets, windows, resets and students.
     progress : str
         Label of the progress bar; empty: none.
     on_iteration : callable, optional
@@ -319,43 +199,51 @@ def distill(
 
     Returns
     -------
-    SyntheticSequences, and the course of the losses `inner`, `outer`, `gap`, `regulariser`.
+    SyntheticSequences, and the course of the losses `inner` L_syn(φ), `outer` L_real and `regulariser` L_r.
     """
     generator = np.random.default_rng(seed)
     trajectory = task.trajectory[: settings.checkpoints]
     teacher = task.teacher if synthesizer.reads_teacher else None
     synthetic = synthesizer(start.to(task.device), task.embeddings, settings)
-    pool = [Pair(task, settings, seed) for _ in range(settings.pool)]
-    for number, pair in enumerate(pool):
-        pair.reset(trajectory[generator.integers(len(trajectory))])
-        pair.served = number * settings.reset_every // settings.pool  # resets fall at different times
-    history: dict[str, list[float]] = {"inner": [], "outer": [], "gap": [], "regulariser": []}
+    pool = [HYPERGRADIENTS[settings.hypergradient](task, settings, seed + number) for number in range(settings.pool)]
+    for number, student in enumerate(pool):
+        student.reset(trajectory[generator.integers(len(trajectory))])
+        student.served = number * settings.reset_every // settings.pool  # resets fall at different times
+    history: dict[str, list[float]] = {"inner": [], "outer": [], "regulariser": []}
+
+    def draw_windows() -> Batch:
+        drawn = generator.choice(len(task.windows), min(settings.windows, len(task.windows)), replace=False)
+        return make_batch([task.windows[i] for i in drawn]).to(task.device)
+
     bar = tqdm(range(settings.iterations), desc=progress, unit="step", disable=not progress)
     for iteration in bar:
-        pair = pool[iteration % settings.pool]
-        if pair.served == settings.reset_every:
-            pair.reset(trajectory[generator.integers(len(trajectory))])
-        pair.served += 1
+        student = pool[iteration % settings.pool]
+        if student.served == settings.reset_every:
+            student.reset(trajectory[generator.integers(len(trajectory))])
+        student.served += 1
         subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
         batch = synthetic.batch(subset)
-
-        def draw_windows() -> Batch:
-            drawn = generator.choice(len(task.windows), min(settings.windows, len(task.windows)), replace=False)
-            return make_batch([task.windows[i] for i in drawn]).to(task.device)
-
-        inner, outer = pair.fit(batch.detached(), draw_windows, teacher)
-        gradients, gap, regulariser = synthetic_gradient(
-            synthetic, batch, pair.theta.model, pair.phi.model, settings.regulariser
-        )
+        gradients, inner, outer = student.gradient(synthetic, batch, draw_windows, teacher)
+        regulariser = 0.0
+        if settings.regulariser:
+            gradients, regulariser = regularised(synthetic, batch, gradients)
         if not all(torch.isfinite(gradient).all() for gradient in gradients):
             raise FosterError(f"distillation diverged at iteration {iteration}: lower the learning rates.")
         synthetic.step(gradients, (iteration + 0.5) / settings.iterations)
-        for name, value in zip(history, (inner, outer, gap, regulariser)):
+        for name, value in zip(history, (inner, outer, regulariser)):
             history[name].append(value)
-        bar.set_postfix(inner=f"{inner:.2f}", outer=f"{outer:.2f}", gap=f"{gap:.4f}", refresh=False)
+        bar.set_postfix(inner=f"{inner:.2f}", outer=f"{outer:.2f}", refresh=False)
         if on_iteration:
             on_iteration(iteration, synthetic)
     return synthetic.result(), history
+
+
+def regularised(synthetic: Synthesizer, batch: SyntheticBatch, gradients: list[Tensor]) -> tuple[list[Tensor], float]:
+    """The gradients plus those of weight · L_r; and L_r."""
+    value = synthetic.regulariser(batch)
+    own = torch.autograd.grad(value, synthetic.tensors, allow_unused=True, materialize_grads=True)
+    weight = synthetic.settings.regulariser
+    return [g + weight * r for g, r in zip(gradients, own)], float(value.detach())
 
 
 def foster(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:

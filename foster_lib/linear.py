@@ -11,6 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from foster_lib.evaluation import Scorer, recommender_scorer
+from foster_lib.references import decaying, item_matrix
 from foster_lib.sasrec import Dropout, ModelSettings, SASRec
 from foster_lib.task import Task
 from foster_lib.training import RealSequences, TrainSettings, train
@@ -30,8 +31,8 @@ def ease(task: Task, sequences: int = 0, seed: int = 0, regularisation: float = 
     decay : float
         Weight of a history item relative to the next later one; 1 is Steck's model.
     """
-    weights = ease_weights(_matrix(task.train, np.ones, task.n_items, binary=True), regularisation)
-    return lambda histories: torch.from_numpy(_matrix(histories, decaying(decay), task.n_items) @ weights)
+    weights = ease_weights(item_matrix(task.train, np.ones, task.n_items, binary=True), regularisation)
+    return lambda histories: torch.from_numpy(item_matrix(histories, decaying(decay), task.n_items) @ weights)
 
 
 def ease_weights(matrix: sparse.csr_matrix, regularisation: float) -> np.ndarray:
@@ -55,13 +56,13 @@ def text_knn(task: Task, sequences: int = 0, seed: int = 0, decay: float = 0.9) 
         features = task.new_model(seed).features().cpu()
 
     def score(histories: list[np.ndarray]) -> Tensor:
-        profile = _matrix(histories, decaying(decay), task.n_items) @ features.numpy()
+        profile = item_matrix(histories, decaying(decay), task.n_items) @ features.numpy()
         return torch.from_numpy(profile) @ features.T
 
     return score
 
 
-def sasrec_id(
+def id_sasrec(
     task: Task,
     sequences: int = 0,
     seed: int = 0,
@@ -128,18 +129,3 @@ def id_model(n_items: int, settings: ModelSettings, seed: int, device: str = "cp
             if isinstance(module, Dropout):
                 module.generator = generator
     return model
-
-
-def decaying(decay: float):
-    """Weights decay^age of a history of n items, oldest first."""
-    return lambda n: decay ** np.arange(n - 1, -1, -1.0)
-
-
-def _matrix(sequences: list[np.ndarray], weights, n_items: int, binary: bool = False) -> sparse.csr_matrix:
-    """Sequences as rows of item weights (float32); repeated items add up, or count once if binary."""
-    rows = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
-    values = np.concatenate([weights(len(sequence)) for sequence in sequences]).astype(np.float32)
-    matrix = sparse.csr_matrix((values, (rows, np.concatenate(sequences))), shape=(len(sequences), n_items))
-    if binary:
-        matrix.data[:] = 1
-    return matrix

@@ -1,52 +1,39 @@
-"""Gradient, distribution and trajectory matching: three other objectives for FOSTER's sequences.
+"""Gradient and trajectory matching: two other objectives for FOSTER's sequences.
 
-All three learn the tensors of `foster.Synthesizer` (soft inputs and soft targets over an item
-subset) from the same start, KD-n's sequences and labels, so that a comparison is one of
-objectives. θ is a recommender, θ*_t the t-th checkpoint of full-data training.
+Both, and `distribution_matching`, learn the tensors of `foster.Synthesizer` (soft inputs and soft
+targets over an item subset) from the same start, KD-n's sequences and labels, so that a comparison
+is one of objectives. θ is a recommender, θ*_t the t-th checkpoint of full-data training.
 
     gradient      Σ_layers 1 − cos(∇_θ L_real(θ), ∇_θ L_syn(θ; S))         DC, Zhao et al. 2021
-    distribution  ‖E_real ψ_θ − E_S ψ_θ‖²,  ψ_θ: mean hidden state          DM, Zhao and Bilen 2023
     trajectory    ‖θ_N(S) − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²                 MTT, Cazenavette et al. 2022
 
-θ_N(S) are the weights after N steps on S from θ*_t. The first and the last differentiate through
-a gradient, which PyTorch's fused attention cannot do: they select its math kernel.
+θ_N(S) are the weights after N steps on S from θ*_t. Both differentiate through a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from foster_lib import coresets
+from foster_lib import coresets, unrolled
 from foster_lib.errors import FosterError, check_known
-from foster_lib.foster import FosterSettings, Learner, Synthesizer
+from foster_lib.foster import FosterSettings, Synthesizer
+from foster_lib.learners import Learner
 from foster_lib.sasrec import SASRec
 from foster_lib.subsets import FeatureBank, Subset, SyntheticBatch, logits, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import Batch, make_batch, soft_cross_entropy
+from foster_lib.unrolled import Adam, AdamState, FlatModel, adam_step, math_attention, plain_step
 
 STARTS = ("teacher", "real")
 Objective = Callable[[Synthesizer, np.random.Generator], Tensor]
 """Loss of S, differentiable with respect to `Synthesizer.tensors`; draws what it needs."""
-
-
-@contextmanager
-def math_attention() -> Iterator[None]:
-    """Attention by plain matrix products, which can be differentiated twice; asserts that it is on."""
-    with sdpa_kernel(SDPBackend.MATH):
-        backends = torch.backends.cuda  # these switches hold on the CPU as well
-        fused = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled() or backends.cudnn_sdp_enabled()
-        assert backends.math_sdp_enabled() and not fused, "the math attention kernel is not selected"
-        yield
 
 
 # -------------------------------------------------------------------- start and descent
@@ -63,11 +50,7 @@ def start_sequences(task: Task, sequences: int, seed: int, start: str) -> Synthe
         return coresets.kd(task, sequences, seed)
     chosen, fresh = coresets.random(task, sequences, seed), task.new_model(seed).requires_grad_(False)
     f = fresh.features()[chosen.targets.to(task.device)]
-    return replace(
-        chosen,
-        adapter={name: tensor.cpu() for name, tensor in fresh.adapter.state_dict().items()},
-        labels=(fresh.log_scale.exp() * f).cpu(),
-    )
+    return replace(chosen, adapter=fresh.adapter_weights(), labels=(fresh.log_scale.exp() * f).cpu())
 
 
 def descend(
@@ -132,6 +115,12 @@ def draw_real(
         return real, items, task.teacher.scores(hidden, bank(items.items)).softmax(-1)
 
 
+def draw_checkpoint(task: Task, checkpoints: int, generator: np.random.Generator) -> dict[str, Tensor]:
+    """Weights of one of the first checkpoints of full-data training."""
+    early = task.trajectory[:checkpoints]
+    return early[generator.integers(len(early))]
+
+
 # -------------------------------------------------------------------- gradient matching
 
 
@@ -194,14 +183,14 @@ def gradient_matching(
     soft = start == "teacher"
     first = start_sequences(task, sequences, seed, start)
     own = replace(task, model_settings=replace(task.model_settings, dropout=dropout))
-    network = Learner(own.new_model(seed), FosterSettings(inner_learning_rate=network_learning_rate))
+    network = Learner(own.new_model(seed), network_learning_rate)
     network.model.eval()
     served = reset_every
 
     def objective(synthetic: Synthesizer, generator: np.random.Generator) -> Tensor:
         nonlocal served
         if served == reset_every:
-            network.reset(_checkpoint(task, checkpoints, generator))
+            network.reset(draw_checkpoint(task, checkpoints, generator))
             served = 0
         served += 1
         real, items, targets = draw_real(task, windows, subset, soft, generator)
@@ -218,86 +207,7 @@ def gradient_matching(
     return descend(task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress)[0]
 
 
-# ---------------------------------------------------------------- distribution matching
-
-
-def sequence_means(hidden: Tensor, mask: Tensor, y: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over sequences of E_t[h_t] and of E_t[h_t ⊗ Σ_j y_tj f_j].
-
-    The second replaces DM's means per class: with one class per item, most of them without a
-    real position in a batch, classes share their statistics through the item features f.
-
-    Parameters
-    ----------
-    hidden : (B, L, d); mask : (B, L); y : (T, N), targets of the T positions; features : (N, d)
-
-    Returns
-    -------
-    (d,) and (d, d)
-    """
-    weight = (mask / (mask.sum(1, keepdim=True) * len(mask)))[mask][:, None]
-    weighted = weight * hidden[mask]
-    return weighted.sum(0), weighted.T @ (y @ features)
-
-
-def distribution_loss(model: SASRec, batch: SyntheticBatch, real: Batch, targets: Tensor, conditional: float) -> Tensor:
-    """DM's objective for one model: squared distance of mean hidden states, and of their joint
-    means with the targets, weighted by `conditional`."""
-    bank = FeatureBank(model, batch.subset.items, batch.anchors, real.inputs)
-    features = bank(batch.subset.items)
-    with torch.no_grad():
-        ours = sequence_means(model.transform(bank(real.inputs)), real.mask, targets, features)
-    mixed = batch.p @ features + batch.own[..., None] * bank(batch.anchors)
-    theirs = sequence_means(model.transform(mixed), batch.mask, batch.y, features)
-    marginal, joint = ((a - b).square().sum() for a, b in zip(ours, theirs))
-    return marginal + conditional * joint
-
-
-def distribution_matching(
-    task: Task,
-    sequences: int,
-    seed: int,
-    progress: str = "",
-    *,
-    start: str = "teacher",
-    iterations: int = 1500,
-    subset: int = 512,
-    windows: int = 64,
-    checkpoints: int = 3,
-    conditional: float = 1.0,
-    input_learning_rate: float = 0.01,
-    label_learning_rate: float = 0.003,
-) -> SyntheticSequences:
-    """DM (arXiv 2110.04181): S's mean hidden states shall be those of real windows.
-
-    Parameters as in `gradient_matching`; every step draws a new network, `conditional` is the
-    weight of the joint means of states and targets (0: the labels stay those of the start).
-    """
-    soft = start == "teacher"
-    first = start_sequences(task, sequences, seed, start)
-    model = task.new_model(seed).eval().requires_grad_(False)
-
-    def objective(synthetic: Synthesizer, generator: np.random.Generator) -> Tensor:
-        model.load_state_dict(_checkpoint(task, checkpoints, generator))
-        real, items, targets = draw_real(task, windows, subset, soft, generator)
-        return distribution_loss(model, synthetic.batch(items), real, targets, conditional)
-
-    rates = (input_learning_rate, label_learning_rate)
-    return descend(task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress)[0]
-
-
 # ------------------------------------------------------------------ trajectory matching
-
-
-class _Loss(nn.Module):
-    """L_syn as a module, so that `functional_call` can put other weights in the model's place."""
-
-    def __init__(self, model: SASRec):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: SyntheticBatch) -> Tensor:
-        return synthetic_loss(self.model, batch)
 
 
 def unroll(
@@ -314,21 +224,15 @@ def unroll(
     Plain gradient descent, or Adam with its usual constants; Adam's √v + ε becomes √(v + ε²),
     whose derivative stays finite where a gradient is zero.
     """
-    loss_of, names = _Loss(model), list(weights)
-    theta = [weights[name].detach().clone().requires_grad_() for name in names]
-    mean = [torch.zeros_like(w) for w in theta]
-    square = [torch.zeros_like(w) for w in theta]
-    for step in range(1, steps + 1):
-        with math_attention():
-            loss = functional_call(loss_of, {f"model.{n}": w for n, w in zip(names, theta)}, (batch,))
-        gradients = torch.autograd.grad(loss, theta, create_graph=True)
-        if adam:
-            mean = [0.9 * m + 0.1 * g for m, g in zip(mean, gradients)]
-            square = [0.999 * v + 0.001 * g * g for v, g in zip(square, gradients)]
-            root = [(v / (1 - 0.999**step) + epsilon**2).sqrt() for v in square]
-            gradients = [m / (1 - 0.9**step) / r for m, r in zip(mean, root)]
-        theta = [w - rate * g for w, g in zip(theta, gradients)]
-    return dict(zip(names, theta))
+    student = FlatModel(model)
+
+    def loss(theta: Tensor, batch: SyntheticBatch, step: int) -> Tensor:
+        return student(theta, synthetic_loss, batch)
+
+    begin, constants = AdamState.start(student.vector(weights)), Adam(rate, epsilon=0.0, floor=epsilon**2)
+    with math_attention():
+        end = unrolled.unroll(loss, begin, batch, steps, constants, adam_step if adam else plain_step)
+    return student.named(end.theta)
 
 
 def trajectory_distance(end: dict[str, Tensor], target: dict[str, Tensor], begin: dict[str, Tensor]) -> Tensor:
@@ -387,8 +291,3 @@ def trajectory_matching(
     return descend(
         task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress, also=beside
     )[0]
-
-
-def _checkpoint(task: Task, checkpoints: int, generator: np.random.Generator) -> dict[str, Tensor]:
-    early = task.trajectory[:checkpoints]
-    return early[generator.integers(len(early))]

@@ -14,6 +14,7 @@ from foster_lib import (
     coresets,
     dconrec,
     dealrec,
+    distribution_matching,
     farzi,
     foster,
     goracs,
@@ -51,12 +52,12 @@ class Method:
 
 REFERENCES = {
     "full": Method(references.full, "Full data", condenses=False, needs_teacher=True),
-    "sasrec-id": Method(linear.sasrec_id, "Full data, ids without text", condenses=False),
+    "id-sasrec": Method(linear.id_sasrec, "Full data, ids without text", condenses=False),
     "untrained": Method(references.untrained, "Untrained (text similarity)", condenses=False),
     "text-knn": Method(linear.text_knn, "Text-kNN (whole history)", condenses=False, seeded=False),
     "popularity": Method(references.popularity, "Popularity", condenses=False, seeded=False),
     "item-knn": Method(references.item_knn, "Item-kNN", condenses=False, seeded=False),
-    "ease": Method(linear.ease, "EASE", condenses=False, seeded=False),
+    "linear": Method(linear.ease, "Linear (EASE)", condenses=False, seeded=False),
 }
 
 CORESETS = {
@@ -65,7 +66,7 @@ CORESETS = {
     "herding": Method(selection.herding, "Herding"),
     "k-center": Method(coresets.k_center, "K-Center"),
     "k-means": Method(coresets.k_means, "k-means", needs_teacher=True),
-    "medoids": Method(selection.cluster_medoids, "Cluster medoids (TF-DCon)"),
+    "cluster-medoids": Method(selection.cluster_medoids, "Cluster medoids (TF-DCon)"),
     "grand": Method(scores.grand, "GraNd", needs_teacher=True),
     "el2n": Method(scores.el2n, "EL2N", needs_teacher=True),
     "forgetting": Method(scores.forgetting, "Forgetting", needs_teacher=True),
@@ -73,10 +74,13 @@ CORESETS = {
     "goracs": Method(goracs.goracs, "GORACS"),
 }
 
+LABELS = "+labels"
+"""Ends the name of a row that puts the teacher's labels on the windows of a coreset."""
+
 # Soft labels alone are worth much at twenty sequences, so every coreset has them too; k-means with
 # labels is KD, the row that FOSTER starts from.
 LABELLED = {
-    f"{name}-kd": replace(method, title=f"{method.title} + labels", needs_teacher=True, labelled=True)
+    name + LABELS: replace(method, title=f"{method.title} + labels", needs_teacher=True, labelled=True)
     for name, method in CORESETS.items()
     if name != "k-means"
 }
@@ -85,7 +89,9 @@ LABELLED["kd"] = Method(coresets.kd, "KD (k-means + teacher's labels)", needs_te
 DISTILLATION = {
     "dconrec": Method(dconrec.dconrec, "DConRec", needs_teacher=True),
     "gradient-matching": Method(matching.gradient_matching, "Gradient matching (DC)", needs_teacher=True),
-    "distribution-matching": Method(matching.distribution_matching, "Distribution matching (DM)", needs_teacher=True),
+    "distribution-matching": Method(
+        distribution_matching.distribution_matching, "Distribution matching (DM)", needs_teacher=True
+    ),
     "trajectory-matching": Method(matching.trajectory_matching, "Trajectory matching (MTT)", needs_teacher=True),
     "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings, form=farzi.LatentSequences),
     "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings, form=td3.TuckerSequences),
@@ -107,6 +113,11 @@ def get_method(name: str) -> Method:
     """Look a method up by the name used in options and tables."""
     check_known(name, METHODS, "method")
     return METHODS[name]
+
+
+def base_name(name: str) -> str:
+    """Whose parameters a method has: those of the coreset if it is one with labels, else its own."""
+    return name.removesuffix(LABELS)
 
 
 def check_parameters(name: str, parameters: dict) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from foster_lib.errors import FosterError
@@ -49,14 +51,43 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise FosterError(
-            f"{path}: cannot be written ({error.strerror or error}). "
-            "Free some space or choose another folder with FOSTER_CACHE / FOSTER_RESULTS."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden working folder beside `folder`, which takes its place when the block ends well.
+
+    `folder` appears complete or not at all: where the block fails or is interrupted, what it wrote
+    is removed. Of two processes that make the same folder, one keeps its own.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield working
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            working.rename(folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process has put its own there in between
+                raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> FosterError:
+    return FosterError(
+        f"{path}: cannot be written ({error.strerror or error}). "
+        "Free some space or choose another folder with FOSTER_CACHE / FOSTER_RESULTS."
+    )
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from foster_lib.config import Settings
-from foster_lib.paths import write_atomically, write_text
+from foster_lib.paths import new_folder, write_atomically, write_text
 from foster_lib.sasrec import SASRec
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
@@ -47,28 +45,28 @@ def train_full(
 
     The folder appears complete or not at all.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-
-    def record(epoch: int, model: torch.nn.Module) -> None:
-        _save_weights(model, working / f"epoch-{epoch:03d}.safetensors")
-
-    model = task.new_model(seed)
-    data = RealSequences(task.train, task.length, settings.batch_size, task.train_timestamps)
-    log = train(
-        model, data, settings, seed=seed, validate=task.validate, on_epoch=record, device=task.device, progress=progress
-    )
-    _save_weights(model, working / "best.safetensors")
-    details = {
-        "seconds": round(log.seconds, 2),
-        "epochs": len(log.losses),
-        "kept_epoch": log.best_epoch,
-        "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
-        "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
-    }
-    write_text(working / "log.json", json.dumps(details))
-    shutil.rmtree(folder, ignore_errors=True)
-    working.rename(folder)
+    with new_folder(folder) as working:
+        model = task.new_model(seed)
+        data = RealSequences(task.train, task.length, settings.batch_size, task.train_timestamps)
+        log = train(
+            model,
+            data,
+            settings,
+            seed=seed,
+            validate=task.validate,
+            on_epoch=lambda epoch, model: _save_weights(model, working / f"epoch-{epoch:03d}.safetensors"),
+            device=task.device,
+            progress=progress,
+        )
+        _save_weights(model, working / "best.safetensors")
+        details = {
+            "seconds": round(log.seconds, 2),
+            "epochs": len(log.losses),
+            "kept_epoch": log.best_epoch,
+            "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
+            "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
+        }
+        write_text(working / "log.json", json.dumps(details))
     return model, log
 
 

@@ -32,6 +32,7 @@ from foster_lib.datasets import Dataset
 from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
+from foster_lib.methods import get_method
 from foster_lib.recipes import train_student
 from foster_lib.runs import Run, make_task
 from foster_lib.sasrec import ModelSettings, SASRec, build_model
@@ -43,6 +44,7 @@ FORMAT = "foster recommender 1"
 DESCRIPTION = "recommender.json"
 SEQUENCES = "sequences.safetensors"
 FILES = ("weights.safetensors", "items.parquet", SEQUENCES, "sequences.json", DESCRIPTION)
+NEEDED = {"settings", "method", "seed", "sha256"}
 SECTIONS = {"encoder": EncoderSettings, "model": ModelSettings, "full": TrainSettings, "student": StudentSettings}
 
 
@@ -199,9 +201,9 @@ def of_run(run: Run, device: str = "cpu", progress: bool = False) -> tuple[Recom
     if run.method == "full":
         model = task.teacher
     else:
-        sequences = SyntheticSequences.load(run.distilled_path)
+        sequences = get_method(run.method).form.load(run.distilled_path)
         label = f"training on {len(sequences)} sequences" if progress else ""
-        model, _ = train_student(task, sequences, run.settings, run.seed, label)
+        model, _ = train_student(task, sequences, run.settings, run.student_seed, label)
     dataset, score = task.dataset, recommender_scorer(model)
     split = make_split(dataset, run.settings.split)
     about = {
@@ -220,16 +222,40 @@ def of_run(run: Run, device: str = "cpu", progress: bool = False) -> tuple[Recom
     )
 
 
+def load_sequences(folder: Path) -> SyntheticSequences:
+    """The synthetic sequences of a folder that `distill` wrote, in the form of the method that made them.
+
+    Raises
+    ------
+    FosterError
+        If the folder has none, or the JSON beside them does not name a method.
+    """
+    path = Path(folder) / SEQUENCES
+    if not path.is_file():
+        raise FosterError(f"{folder} holds no {SEQUENCES}: `train` makes none. Name a folder that `distill` wrote.")
+    description = path.with_suffix(".json")
+    try:
+        method = str(json.loads(description.read_text(encoding="utf-8"))["method"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FosterError(
+            f"{description} does not name the method ({error}), which says how {SEQUENCES} is to be read. "
+            "Distil again, with --overwrite."
+        ) from error
+    return get_method(method).form.load(path)
+
+
 def _description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FosterError(f"{path} is missing: name a folder that `train` or `distill` wrote with --out.")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        complete = about["format"] == FORMAT and {"settings", "sha256"} <= about.keys()
+        form, missing = about["format"], NEEDED - about.keys()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FosterError(f"{path} is damaged ({error}). Train again, with --overwrite.") from error
-    if not complete:
-        raise FosterError(f"{path}: format is {about['format']!r}, not {FORMAT!r}. Train again, with --overwrite.")
+    if form != FORMAT:
+        raise FosterError(f"{path}: format is {form!r}, not {FORMAT!r}. Train again, with --overwrite.")
+    if missing:
+        raise FosterError(f"{path} is damaged (no {', '.join(sorted(missing))}). Train again, with --overwrite.")
     return about
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -44,10 +46,7 @@ def item_knn(
     decay : float
         Weight of an item relative to the next later one.
     """
-    users = np.repeat(np.arange(len(task.train)), [len(sequence) for sequence in task.train])
-    items = np.concatenate(task.train)
-    matrix = sparse.csr_matrix((np.ones(len(items), np.float32), (users, items)), shape=(len(task.train), task.n_items))
-    matrix.data[:] = 1  # repeats count once
+    matrix = item_matrix(task.train, np.ones, task.n_items, binary=True)
     norms = np.sqrt(np.asarray(matrix.sum(0)).ravel())
     product = (matrix.T @ matrix).tocsr()
     product.setdiag(0)
@@ -57,13 +56,34 @@ def item_knn(
     similarity = _keep_largest(product, neighbours)
 
     def score(histories: list[np.ndarray]) -> Tensor:
-        lengths = [len(history) for history in histories]
-        row = np.repeat(np.arange(len(histories)), lengths)
-        weight = np.concatenate([decay ** np.arange(n - 1, -1, -1) for n in lengths]).astype(np.float32)
-        history = sparse.csr_matrix((weight, (row, np.concatenate(histories))), shape=(len(histories), task.n_items))
-        return torch.from_numpy((history @ similarity).toarray())
+        return torch.from_numpy((item_matrix(histories, decaying(decay), task.n_items) @ similarity).toarray())
 
     return score
+
+
+def item_matrix(
+    sequences: list[np.ndarray], weights: Callable[[int], np.ndarray], n_items: int, binary: bool = False
+) -> sparse.csr_matrix:
+    """Sequences as rows over the catalogue: (number of sequences, |V|) float32.
+
+    Parameters
+    ----------
+    weights : function
+        From the length of a sequence to the weights of its items.
+    binary : bool
+        Whether repeated items count once; if not, their weights add up.
+    """
+    rows = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    values = np.concatenate([weights(len(sequence)) for sequence in sequences]).astype(np.float32)
+    matrix = sparse.csr_matrix((values, (rows, np.concatenate(sequences))), shape=(len(sequences), n_items))
+    if binary:
+        matrix.data[:] = 1
+    return matrix
+
+
+def decaying(decay: float) -> Callable[[int], np.ndarray]:
+    """Weights decay^age of a history of n items, oldest first."""
+    return lambda n: decay ** np.arange(n - 1, -1, -1.0)
 
 
 def _keep_largest(matrix: sparse.csr_matrix, count: int) -> sparse.csr_matrix:

@@ -1,8 +1,9 @@
-"""Run a notebook with parameters: `python -m foster_lib.reproduce table2 --profile cpu`.
+"""Run notebooks with parameters: `python -m foster_lib.reproduce table2 --profile cpu`.
 
 papermill executes it; what papermill leaves loose is strict here: an unknown parameter is an
 error, the executed notebook appears only when all cells succeeded (a failed one is kept as
-`*.failed.ipynb`), and a manifest says what ran where.
+`*.failed.ipynb`), and a manifest says what ran where. A name may also stand for a group of
+notebooks, see `GROUPS`: each of them then gets the parameters that it knows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,34 @@ from foster_lib.paths import ROOT, results_dir, write_text
 from foster_lib.records import environment
 
 NOTEBOOKS = ROOT / "notebooks"
+GROUPS = {"figures": ("fig_*",), "all": ("table*", "fig_*")}
+"""Patterns of the notebooks that a name stands for, in this order."""
+
+
+def plan(names: list[str], parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The notebooks that names of notebooks and groups stand for, each with its parameters.
+
+    A notebook that is named has to know all parameters. One that comes with a group goes without
+    those that it does not know, as long as another notebook of the group knows them.
+
+    Raises
+    ------
+    FosterError
+        For an unknown name or parameter.
+    """
+    planned: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name in GROUPS:
+            members = [path.stem for pattern in GROUPS[name] for path in sorted(NOTEBOOKS.glob(f"{pattern}.ipynb"))]
+        else:
+            check_known(name, [*GROUPS, *(path.stem for path in NOTEBOOKS.glob("*.ipynb"))], "notebook")
+            members = [name]
+        known = {member: papermill.inspect_notebook(str(NOTEBOOKS / f"{member}.ipynb")) for member in members}
+        for parameter in parameters:
+            check_known(parameter, set().union(*known.values()), f"parameter of notebook '{name}':")
+        for member in members:
+            planned.setdefault(member, {key: value for key, value in parameters.items() if key in known[member]})
+    return planned
 
 
 def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = None) -> Path:
@@ -82,10 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m foster_lib.reproduce",
-        description="Run a notebook of this project with parameters and write its tables to results/.",
+        description="Run notebooks of this project with parameters and write their tables to results/.",
         epilog="example: python -m foster_lib.reproduce table2 --profile cpu --datasets 'ml-100k foods' --jobs 2",
     )
-    parser.add_argument("notebook", help="name without .ipynb, e.g. table2")
+    parser.add_argument("notebooks", nargs="+", metavar="notebook",
+                        help="names without .ipynb, e.g. table2; or " + ", ".join(GROUPS))  # fmt: skip
     parser.add_argument("--profile", help="one of " + ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml"))))
     parser.add_argument("--datasets", help="names separated by spaces, default: the profile's")
     parser.add_argument("--methods", help="rows separated by spaces, or all; default: the profile's")
@@ -95,19 +125,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or auto")
     parser.add_argument("--fresh", action="store_true", default=None, help="compute finished runs again")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        help="any other parameter of the notebook")  # fmt: skip
+                        help="any other parameter of the notebooks")  # fmt: skip
     options = vars(parser.parse_args(arguments))
-    name, extra = options.pop("notebook"), options.pop("parameter")
+    names, extra = options.pop("notebooks"), options.pop("parameter")
     parameters = {key: value for key, value in options.items() if value is not None and value != ""}
     parameters |= dict(extra)
     logging.basicConfig(level=logging.WARNING)
     try:
-        output = run_notebook(name, parameters)
+        planned = plan(names, parameters)
     except FosterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"executed notebook: {output}")
-    return 0
+    for name, own in planned.items():
+        if left_out := parameters.keys() - own.keys():
+            print(f"{name} knows no {', '.join(sorted(left_out))}: it runs without")
+    failed = []
+    for number, (name, own) in enumerate(planned.items(), 1):
+        if len(planned) > 1:
+            print(f"notebook {number} of {len(planned)}: {name}", flush=True)
+        try:
+            print(f"executed notebook: {run_notebook(name, own)}", flush=True)
+        except FosterError as error:  # the others may succeed
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+    if failed and len(planned) > 1:
+        print(f"error: {len(failed)} of {len(planned)} notebooks failed: {', '.join(failed)}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _typed(name: str, value: Any, declared: str) -> Any:

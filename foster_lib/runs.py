@@ -17,8 +17,8 @@ from foster_lib.config import EncoderSettings, Profile, Settings
 from foster_lib.coresets import with_labels
 from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
-from foster_lib.evaluation import rank_queries, recommender_scorer
-from foster_lib.methods import METHODS, check_parameters, get_method
+from foster_lib.evaluation import Scorer, rank_queries, recommender_scorer
+from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import cache_dir, results_dir
 from foster_lib.recipes import train_full, train_student
 from foster_lib.records import (
@@ -54,7 +54,7 @@ class Run:
     @property
     def parameters(self) -> dict[str, Any]:
         """The method's own; a coreset with labels has those of the coreset."""
-        return self.settings.methods.get(self.method.removesuffix("-kd"), {})
+        return self.settings.methods.get(base_name(self.method), {})
 
     def description(self) -> dict[str, Any]:
         """Resolved settings that this run depends on, and no others."""
@@ -95,6 +95,11 @@ class Run:
     def path(self) -> Path:
         seed = f"{self.seed}-student{self.student}" if self.student else str(self.seed)
         return manifest_path(self.settings.profile, self.settings.dataset, self.method, seed, self.key)
+
+    @property
+    def student_seed(self) -> int:
+        """Seed of the student's weights, dropout and training."""
+        return self.seed + STUDENT_STRIDE * self.student
 
     @property
     def first(self) -> Run:
@@ -142,14 +147,14 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     label = f"{settings.dataset} {run.method} seed {run.seed}" + f", student {run.student + 1}" * bool(run.student)
     seconds = {"distillation": 0.0, "training": 0.0}
     details: dict[str, Any] = {}
-    outcome = None if run.student else _apply(run, task, label if progress else "", seconds)
-    if run.student or isinstance(outcome, SyntheticSequences):
-        if outcome is not None:
+    if not run.student:  # further students find the sequences made
+        outcome, seconds["distillation"] = apply_method(run, task, label if progress else "")
+        if method.condenses:
             outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
+    if method.condenses:
         # The student reads what is on disk, rounding included: the file is the result.
         stored = method.form.load(run.distilled_path)
-        seed = run.seed + STUDENT_STRIDE * run.student
-        model, log = train_student(task, stored, settings, seed, f"{label}, student" if progress else "")
+        model, log = train_student(task, stored, settings, run.student_seed, f"{label}, student" if progress else "")
         score = recommender_scorer(model)
         seconds["training"] = round(log.seconds, 2)
         details = {"bytes": stored.size_in_bytes(), "targets": int(stored.mask.sum()), "kept_step": log.best_epoch}
@@ -180,8 +185,8 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     return f"{label}: {figures}, {sum(seconds.values()):.0f} s"
 
 
-def _apply(run: Run, task: Task, progress: str, seconds: dict[str, float]) -> Any:
-    """What the method makes of the task: sequences or a scorer; notes the time."""
+def apply_method(run: Run, task: Task, progress: str = "") -> tuple[SyntheticSequences | Scorer, float]:
+    """What the method of `run` makes of a task, sequences or a scorer, and the seconds it took."""
     method, parameters = get_method(run.method), run.parameters
     if "progress" in inspect.signature(method.function).parameters:
         parameters = {**parameters, "progress": progress}
@@ -189,15 +194,19 @@ def _apply(run: Run, task: Task, progress: str, seconds: dict[str, float]) -> An
     outcome = method.function(task, sequences=run.settings.sequences, seed=run.seed, **parameters)
     if method.labelled:
         outcome = with_labels(task, outcome)
-    seconds["distillation"] = round(time.perf_counter() - start, 2)
-    return outcome
+    return outcome, round(time.perf_counter() - start, 2)
 
 
-def train_full_run(run: Run, device: str, progress: bool) -> str:
-    label = f"{run.settings.dataset} full data seed {run.seed}"
-    _, log = train_full(
-        make_task(run, device), run.settings.full, run.seed, trajectory_folder(run), label if progress else ""
-    )
+def train_full_run(run: Run, device: str, progress: bool, fresh: bool = True) -> str:
+    """Train on everything; record the trajectory that `run` and others of its key read.
+
+    Not `fresh`: what another process has recorded since this call was planned is taken as it is.
+    """
+    label, folder = f"{run.settings.dataset} full data seed {run.seed}", trajectory_folder(run)
+    task = make_task(run, device)
+    if not fresh and (folder / "best.safetensors").is_file():
+        return f"{label}: trained by another process meanwhile"
+    _, log = train_full(task, run.settings.full, run.seed, folder, label if progress else "")
     return f"{label}: trained {len(log.losses)} epochs in {log.seconds:.0f} s"
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foster_lib.errors import FosterError
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -31,6 +33,10 @@ class ModelSettings:
     dropout: float = 0.1
     branch_scale: float = 0.1
     initial_scale: float = 12.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise FosterError(f"width {self.width} is no multiple of heads {self.heads}: attention splits it evenly.")
 
 
 class Dropout(nn.Module):
@@ -135,6 +141,10 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, generator) for _ in range(settings.layers))
         self.log_scale = nn.Parameter(torch.tensor(math.log(settings.initial_scale)))
         self.dropout = Dropout(settings.dropout, generator)
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """A copy of the adapter's weights on the CPU, as `adapt` and `SyntheticSequences` take them."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
 
     def features(self, items: Tensor | None = None) -> Tensor:
         """Unit-length features of `items` (N,), or of the whole catalogue: (N, d)."""

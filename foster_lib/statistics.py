@@ -16,6 +16,7 @@ from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.paths import results_dir, shown, write_atomically, write_text
 from foster_lib.splits import knows_time, make_split
+from foster_lib.tables import latex_table
 
 BENCHMARKS = (EMBEDDED, "games", "foods", "yelp")
 
@@ -105,10 +106,7 @@ def write_table1(table: pd.DataFrame, folder: Path, *, limit: int, split: str = 
     """
     text = readable(table)
     write_atomically(folder / "table1.csv", lambda path: table.to_csv(path, index=False))
-    latex = text.map(lambda cell: cell.replace("–", "--"))
-    latex.columns = [title.strip().replace("%", r"\%") for title in text.columns]
-    latex = latex.to_latex(index=False, escape=False, column_format="l" + "r" * (len(latex.columns) - 1))
-    write_text(folder / "table1.tex", latex)
+    write_text(folder / "table1.tex", latex_table(text.rename(columns=str.strip)))
     markdown = text.to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * (len(TITLES) - 1)))
     note = NOTES.format(limit=limit, split=split)
     return write_text(folder / "table1.md", f"# Table 1: data sets\n\n{markdown}\n\n{note}\n")

@@ -20,19 +20,18 @@ import yaml
 
 from foster_lib.config import SECTIONS, Profile, Settings, build
 from foster_lib.errors import check_known
-from foster_lib.evaluation import METRICS, paired_bootstrap
+from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
-from foster_lib.methods import METHODS, check_parameters, get_method
+from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import write_atomically, write_text
-from foster_lib.records import read_ranks
 from foster_lib.runs import Run, make_task, plan
-from foster_lib.tables import _latex, _no_date, table2_folder, use_style
+from foster_lib.study_tables import BASE, COSTS, readable_table, study_figure
+from foster_lib.tables import latex_table, table2_folder, undated
 
 SPACE = Path(__file__).parent / "studies.yaml"
-BASE, REFERENCES = "foster", ("full", "untrained")
+REFERENCES = ("full", "untrained")
 HEAD, TAIL = 0.1, 0.5  # shares of the catalogue that count as popular and as rare, by interactions in training
 KEYS = ["dataset", "split", "profile", "study", "sweep", "variant", "method", "value", "as_profile", "metric"]
-COSTS = ["distil_seconds", "train_seconds", "total_seconds", "peak_memory_mib", "bytes"]
 COLUMNS = [*KEYS, "mean", "std", "runs", "ratio_to_full", "recovered_gain", *COSTS]
 
 
@@ -109,7 +108,7 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             for name, parameters in value.items():
                 settings = changed(settings, name, {"parameters": parameters})
         elif section == "parameters":
-            own, known = method.removesuffix("-kd"), get_method(method)
+            own, known = base_name(method), get_method(method)
             defaults = {key: each.default for key, each in inspect.signature(known.function).parameters.items()}
             defaults |= {each.name: each.default for each in fields(known.settings)} if known.settings else {}
             before = settings.methods.get(own, {})
@@ -198,101 +197,29 @@ def study_folder(name: str, profile: str, split: str = "") -> Path:
 
 
 def write_study(study: Study, planned: Planned, table: pd.DataFrame, folder: Path) -> Path:
-    """Write <study>.csv, .md, .tex, .png and .pdf; returns the Markdown's path."""
+    """Write <study>.csv, .md, .tex, .png and .pdf; returns the Markdown's path.
+
+    Of the notes in `studies.yaml` those are kept whose word stands in the head of a column.
+    """
     write_atomically(folder / f"{study.name}.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
-    markdown, latex = [f"# {study.spec['title']}", ""], []
+    markdown, latex, head = [f"# {study.spec['title']}", ""], [], ""
     for keys, part in table.groupby(KEYS[:3], sort=False):
         title = "{}, {}, profile {}".format(*keys)
-        readable = readable_table(study, [pair for pair in planned if pair[1].settings.dataset == keys[0]], part)
+        runs = [(variant.name, run) for variant, run in planned if run.settings.dataset == keys[0]]
+        readable = readable_table(study.spec, part, runs if study.spec["run"] else [])
+        head = " | ".join(readable.columns)
         markdown += [f"## {title}", "", readable.to_markdown(index=False, disable_numparse=True), ""]
-        latex += [f"% {title}", _latex(readable).replace("†", r"$\dagger$"), ""]
+        latex += [f"% {title}", latex_table(readable).replace("†", r"$\dagger$"), ""]
     hardware = sorted({f"{m['hardware']} ({m['device']})" for _, run in planned if (m := run.manifest())})
     write_text(folder / f"{study.name}.tex", "\n".join(latex))
-    figure = study_figure(study, table)
+    figure = study_figure(study.spec, table)
     for suffix in ("png", "pdf"):
-        save = functools.partial(figure.savefig, dpi=160, metadata=_no_date(suffix))
+        save = functools.partial(figure.savefig, dpi=160, metadata=undated(suffix))
         write_atomically(folder / f"{study.name}.{suffix}", save)
     plt.close(figure)
-    markdown += [study.spec["notes"], "", f"Hardware: {'; '.join(hardware)}.", ""]
+    notes = " ".join(note for word, note in study.spec["notes"].items() if word in head)
+    markdown += [notes, "", f"Hardware: {'; '.join(hardware)}.", ""]
     return write_text(folder / f"{study.name}.md", "\n".join(markdown))
-
-
-def readable_table(study: Study, planned: Planned, part: pd.DataFrame) -> pd.DataFrame:
-    """The table of one data set as people read it: a row per variant, formatted text."""
-    ranks: dict[str, list[np.ndarray]] = {}
-    for variant, run in planned if study.spec["run"] else []:
-        ranks.setdefault(variant.name, []).append(read_ranks(run.path).per_user("ndcg@10"))
-    rows = []
-    for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
-        row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
-        for metric in dict.fromkeys(["ndcg@10", "recall@10", *study.spec["panels"]]):
-            if metric not in COSTS:
-                cell = own.reindex([metric]).iloc[0]
-                row[study.spec["labels"][metric]] = _number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])
-        first = own.loc["ndcg@10"]
-        row |= {"NDCG@10 / full": _number(first["ratio_to_full"], 3), "gain": _number(first["recovered_gain"], 2)}
-        if ranks:
-            test = paired_bootstrap(*(np.mean(ranks[of], axis=0) for of in (get_method(BASE).title, name)))
-            interval = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
-            row["FOSTER minus it, 95 %"] = "" if as_profile else interval + "*" * (test["low"] > 0 or test["high"] < 0)
-        costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
-        rows.append(row | {title: _number(value, 0) for title, value in costs})
-    return pd.DataFrame(rows)
-
-
-def study_figure(study: Study, table: pd.DataFrame) -> plt.Figure:
-    """A row per data set and a column per panel: curves over the values of each sweep, or a dot per variant."""
-    use_style()
-    sweeps = [sweep for sweep in table["sweep"].unique() if sweep not in ("", "reference")]
-    columns, datasets = list(itertools.product(study.spec["panels"], sweeps or [""])), list(table["dataset"].unique())
-    size = (3.4 * len(columns), 3.2) if sweeps else (2.4 + 2.8 * len(columns), 0.8 + 0.25 * table["variant"].nunique())
-    options = {"squeeze": False, "layout": "constrained", "sharey": False if sweeps else "row"}
-    figure, axes = plt.subplots(len(datasets), len(columns), figsize=(size[0], size[1] * len(datasets)), **options)
-    for (row, dataset), (column, (panel, sweep)) in itertools.product(enumerate(datasets), enumerate(columns)):
-        axis, part = axes[row, column], table[(table["dataset"] == dataset) & (table["metric"] == panel)]
-        (_curves if sweep else _dots)(axis, part, sweep)
-        (axis.set_ylabel if sweep else axis.set_xlabel)(f"{study.spec['labels'][panel]}\n({dataset})")
-    if sweeps:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
-
-
-def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
-    own = part[part["sweep"] == sweep]
-    labels = list(own["value"].unique())  # equal steps on the axis: values are far apart, and some are words
-    for (method, line), form in zip(own.groupby("method", sort=False), ("C0o-", "C1s--", "C2^:", "C3D-.")):
-        place = [labels.index(value) for value in line["value"]]
-        axis.errorbar(place, line["mean"], line["std"].fillna(0), fmt=form, capsize=3, label=get_method(method).title)
-        ringed = [labels.index(value) for value in line.loc[line["as_profile"], "value"]]
-        axis.plot(ringed, line.loc[line["as_profile"], "mean"], "o", mfc="none", mec="0.15", ms=13)
-    for method, style, shade in (("full", (0, (6, 2)), "0.15"), ("kd", ":", "0.45")):
-        line = part[(part["sweep"] == "reference") & (part["method"] == method) & ~own["method"].eq(method).any()]
-        line = line[~line["metric"].isin(COSTS) | (method != "full")]  # full data has nothing to distil
-        for value in line["mean"]:
-            axis.axhline(value, ls=style, color=shade, lw=1.3, label=get_method(method).title)
-    axis.set_xticks(range(len(labels)), labels)
-    axis.grid(True, axis="y")
-    axis.set_xlabel(sweep)
-
-
-def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
-    metric = part["metric"].iloc[0]
-    part = part.assign(place=np.arange(len(part))[::-1])
-    if metric in COSTS:
-        part["mean"] = part["mean"].clip(lower=0.01)  # what takes no time, on a logarithmic axis
-    for as_profile, look in ((False, {"fmt": "o", "color": "C0"}), (True, {"fmt": "D", "color": "C1", "ms": 7})):
-        own = part[part["as_profile"] == as_profile]
-        axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
-    axis.set_yticks(part["place"], part["variant"])
-    axis.grid(True, axis="y", alpha=0.4)
-    axis.margins(0.08)
-    if metric in COSTS and metric != "peak_memory_mib":
-        axis.set_xscale("log")
-
-
-def _number(value: float, digits: int, spread: float = np.nan) -> str:
-    both = [f"{each:.{digits}f}" for each in (value, spread) if not pd.isna(each)]
-    return " ± ".join(both) or "–"
 
 
 def _check(given: Any, valid: Any, what: str) -> None:

@@ -145,12 +145,12 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             "Hardware: " + "; ".join(sorted({f"{m['hardware']} ({m['device']})" for m in chosen})) + ".",
             "",
         ]
-        latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", _latex(table), ""]
+        latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", latex_table(table), ""]
     write_text(folder / "table2.tex", "\n".join(latex))
     figure = table2_figure(long)
     for suffix in ("png", "pdf"):
         write_atomically(
-            folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=_no_date(suffix))
+            folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=undated(suffix))
         )
     plt.close(figure)
     return write_text(folder / "table2.md", "\n".join(markdown))
@@ -196,7 +196,8 @@ def use_style() -> None:
     )
 
 
-def _latex(table: pd.DataFrame) -> str:
+def latex_table(table: pd.DataFrame) -> str:
+    """A table of formatted text as LaTeX: the first column is set to the left, the others to the right."""
     text = table.map(
         lambda cell: str(cell).replace("±", r"$\pm$").replace("–", "--").replace("−", "-").replace("%", r"\%")
     )
@@ -204,6 +205,6 @@ def _latex(table: pd.DataFrame) -> str:
     return text.to_latex(index=False, escape=False, column_format="l" + "r" * (len(table.columns) - 1))
 
 
-def _no_date(suffix: str) -> dict:
+def undated(suffix: str) -> dict:
     """File metadata without a date, so that equal figures are equal files."""
     return {"CreationDate": None} if suffix == "pdf" else {"Software": None}

@@ -310,9 +310,8 @@ def distill(
         bar.set_postfix(outer=f"{history[-1]:.3f}", refresh=False)
     users, times, core = (tensor.detach().cpu() for tensor in factors)
     scale = teacher.log_scale.exp().detach().cpu()
-    adapter = {name: tensor.detach().cpu().clone() for name, tensor in teacher.adapter.state_dict().items()}
-    result = TuckerSequences.from_factors(users=users, times=times, core=core * scale, adapter=adapter)
-    return result, history
+    adapter = teacher.adapter_weights()
+    return TuckerSequences.from_factors(users=users, times=times, core=core * scale, adapter=adapter), history
 
 
 def check_settings(settings: TD3Settings) -> None:

@@ -75,7 +75,7 @@ def start_sequences(task: Task, sequences: int, settings: FosterSettings, seed: 
         chosen.items,
         chosen.mask,
         chosen.targets,
-        adapter={name: tensor.detach().cpu().clone() for name, tensor in model.adapter.state_dict().items()},
+        adapter=model.adapter_weights(),
         queries=settings.sharpness * f[chosen.items],
         bonus=torch.full(chosen.items.shape, settings.bonus),
         end_queries=settings.sharpness * f[end],

@@ -12,9 +12,9 @@ theorem: with H = ∂²L_syn/∂φ² at φ* and H q = ∇L_real(φ*),
 | implicit function theorem | `implicit_gradient` | the Hessian |
 | backpropagation through T steps | `unrolled_gradient` | second derivatives, T graphs |
 | the same without second order (FOMAML) | `unrolled_gradient` | nothing: it is zero |
-| reverse recursion by finite differences | `adjoint_gradient` | input gradients, T weights |
+| FOSTER's adjoint: reverse recursion by finite differences | `adjoint_gradient` | input gradients, T weights |
 | penalty, both models converged | `penalty_gradient` | input gradients |
-| FOSTER, both models W steps on | `Alternation` | input gradients, two models |
+| FOSTER's penalty form, both models W steps on | `Alternation` | input gradients, two models |
 
 S is one tensor that holds inputs and targets; θ and φ are one tensor of weights each. A problem has
 L_syn(θ; S) `synthetic`, L_real(θ) `real`, the weights that training begins with `start`, and
@@ -160,7 +160,7 @@ class LinearRecommender(nn.Module):
 
 @dataclass(frozen=True)
 class LinearTask:
-    """`SoftmaxRegression` as `foster.Pair` and `foster.synthetic_gradient` take it: the library's own
+    """`SoftmaxRegression` as `penalty.Pair` and `penalty.gap_gradient` take it: the library's own
     code on a problem with a known answer. All items are in the subset, nothing has an anchor."""
 
     problem: SoftmaxRegression
@@ -265,7 +265,7 @@ def adjoint_gradient(problem: Problem, S: Tensor, steps: int, rate: float, lengt
 
 
 def difference(problem: Problem, S: Tensor, theta: Tensor, phi: Tensor, penalty: float) -> Tensor:
-    """∂J/∂S = λ [∂L_syn(θ; S)/∂S − ∂L_syn(φ; S)/∂S], as `foster.synthetic_gradient`, which leaves λ to Adam."""
+    """∂J/∂S = λ [∂L_syn(θ; S)/∂S − ∂L_syn(φ; S)/∂S], as `penalty.gap_gradient`, which leaves λ to Adam."""
     of_theta, of_phi = (gradients(lambda S: problem.synthetic(weights, S), S)[0] for weights in (theta, phi))
     return penalty * (of_theta - of_phi)
 
@@ -282,7 +282,7 @@ def penalty_gradient(problem: Problem, S: Tensor, penalty: float, symmetric: boo
 
 
 class Alternation:
-    """FOSTER's estimator: `foster.Pair` with plain gradient descent in the place of Adam.
+    """FOSTER's penalty form: `penalty.Pair` with plain gradient descent in the place of Adam.
 
     Called with S it lets φ take W steps on L_syn and θ as many on (L_real + λ L_syn) / (1 + λ), each
     from where it was, and returns the difference of their input gradients; every R calls (0: never)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,15 +23,14 @@ import pandas as pd
 import yaml
 
 from foster_lib.config import Profile, load_profile
-from foster_lib.coresets import with_labels
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import rank_queries
 from foster_lib.execution import Call, parallel, resolve_device
-from foster_lib.methods import get_method
+from foster_lib.methods import base_name, get_method
 from foster_lib.paths import cache_dir, results_dir, write_atomically, write_text
 from foster_lib.recipes import train_full, train_student
 from foster_lib.records import environment
-from foster_lib.runs import Run, load_catalogue, load_once, make_task
+from foster_lib.runs import Run, apply_method, load_catalogue, load_once, make_task
 from foster_lib.splits import wide_validation
 from foster_lib.task import Task
 
@@ -79,7 +77,7 @@ def trials(dataset: str, method: str) -> list[Trial]:
     changes = space[dataset]["trials"] if method == "full" else space[dataset]["methods"][method]
     found = []
     for change in changes:
-        own = change if method == "full" else {"methods": {method.removesuffix("-kd"): change}}
+        own = change if method == "full" else {"methods": {base_name(method): change}}
         before = base.raw.get("per_dataset", {}).get(dataset, {}) if method != "full" else {}
         raw = {**base.raw, "per_dataset": {dataset: {**before, **own}}}
         profile = Profile("cpu", base.datasets, base.seeds, base.split, base.table2, raw)
@@ -138,13 +136,10 @@ def _train_teacher(trial: Trial, device: str, progress: bool) -> str:
 
 def _try_method(trial: Trial, device: str, progress: bool) -> str:
     """Make a method's sequences and train students on them."""
-    run, task, start = trial.run, trial.task(device), time.perf_counter()
-    method = get_method(run.method)
-    outcome = method.function(task, sequences=run.settings.sequences, seed=run.seed, **run.parameters)
-    if method.labelled:
-        outcome = with_labels(task, outcome)
-    seconds = {"distillation": round(time.perf_counter() - start)}
-    if method.condenses:
+    run, task = trial.run, trial.task(device)
+    outcome, distillation = apply_method(run, task)
+    seconds = {"distillation": round(distillation)}
+    if get_method(run.method).condenses:
         logs = [train_student(task, outcome.stored(), run.settings, seed)[1] for seed in range(STUDENTS)]
         values = [log.validation[log.best_epoch] for log in logs]
         seconds["training"] = round(sum(log.seconds for log in logs))

@@ -1,4 +1,4 @@
-"""Gradients through training: what the second-order methods (`td3`, `farzi`) share.
+"""Gradients through training: what the second-order methods (`td3`, `farzi`, `matching`) share.
 
 The student's trainable parameters are one vector θ and a training step is a function of it, so
 that the loss after training can be differentiated with respect to the synthetic data. Two ways:
@@ -16,7 +16,7 @@ g = ∂L_syn(θ; p)/∂θ; a learning rate; β₁, β₂, ε Adam's constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -42,9 +42,10 @@ InnerLoss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @contextmanager
-def math_attention():
-    """Within it, attention runs by the plain formula, which can be differentiated twice."""
+def math_attention() -> Iterator[None]:
+    """Within it, attention runs by the plain formula, which can be differentiated twice; asserts that it does."""
     with sdpa_kernel(SDPBackend.MATH):
+        assert_math_attention()
         yield
 
 
@@ -67,15 +68,19 @@ class FlatModel:
 
     def __init__(self, model: SASRec):
         self.model, self.caller = model, _Caller(model)
-        trainable = {name: p for name, p in self.caller.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = list(trainable)
         self.shapes = [p.shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
 
-    def vector(self) -> Tensor:
-        """The model's own weights as θ, (number of parameters,), detached."""
-        named = dict(self.caller.named_parameters())
-        return torch.cat([named[name].detach().reshape(-1) for name in self.names])
+    def vector(self, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Weights by name, the model's own if none are given, as θ: (number of parameters,), detached."""
+        weights = dict(self.model.named_parameters()) if weights is None else weights
+        return torch.cat([weights[name].detach().reshape(-1) for name in self.names])
+
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        """θ as weights by name, the inverse of `vector`."""
+        return {name: w.view(shape) for name, shape, w in zip(self.names, self.shapes, theta.split(self.sizes))}
 
     def load(self, checkpoint: dict[str, Tensor]) -> Tensor:
         """Take a checkpoint's weights; returns them as θ."""
@@ -89,8 +94,8 @@ class FlatModel:
             for module in self.model.modules():
                 if isinstance(module, Dropout):
                     module.generator.manual_seed(dropout_seed)  # one generator is shared by all
-        pieces = (part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes))
-        return functional_call(self.caller, dict(zip(self.names, pieces)), (function, *arguments))
+        weights = {f"model.{name}": w for name, w in self.named(theta).items()}
+        return functional_call(self.caller, weights, (function, *arguments))
 
 
 class _Caller(nn.Module):
@@ -114,7 +119,7 @@ class Adam:
     floor : added under the root, which makes the step differentiable where a gradient is zero.
     """
 
-    learning_rate: float = 5e-3
+    learning_rate: float | Tensor = 5e-3
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -143,6 +148,11 @@ def adam_step(state: AdamState, g: Tensor, adam: Adam) -> AdamState:
     return AdamState(state.theta - adam.learning_rate * m_hat / (root + adam.epsilon), m, v, step)
 
 
+def plain_step(state: AdamState, g: Tensor, adam: Adam) -> AdamState:
+    """θ ← θ − a g: gradient descent, which uses nothing of Adam's but the learning rate."""
+    return state._replace(theta=state.theta - adam.learning_rate * g, step=state.step + 1)
+
+
 def _corrected(m: Tensor, v: Tensor, step: int, adam: Adam) -> tuple[Tensor, Tensor]:
     """m̂ and √v̂ of step number `step`."""
     return m / (1 - adam.beta1**step), (v / (1 - adam.beta2**step) + adam.floor).sqrt()
@@ -161,17 +171,20 @@ def descend(loss: InnerLoss, state: AdamState, p: Tensor, steps: int, adam: Adam
     return states
 
 
-def unroll(loss: InnerLoss, state: AdamState, p: Tensor, steps: int, adam: Adam) -> AdamState:
+def unroll(
+    loss: InnerLoss, state: AdamState, p: Tensor, steps: int, adam: Adam, step: Callable = adam_step
+) -> AdamState:
     """Training whose result is differentiable with respect to p, through all `steps` steps of Adam.
 
     The state that it starts from is a constant: what happened before it is cut off, which is
-    truncated backpropagation through time.
+    truncated backpropagation through time. `step` may be `plain_step`, and the learning rate a
+    tensor to differentiate with respect to.
     """
     assert_math_attention()
     state = AdamState(state.theta.detach().requires_grad_(), state.m.detach(), state.v.detach(), state.step)
     for _ in range(steps):
         (g,) = torch.autograd.grad(loss(state.theta, p, state.step), state.theta, create_graph=True)
-        state = adam_step(state, g, adam)
+        state = step(state, g, adam)
     return state
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from foster_lib.datasets import load_dataset
 from foster_lib.encoder import FrozenCatalogue, TextEncoder
+from foster_lib.runs import load_catalogue, load_once
 from foster_lib.sasrec import ModelSettings
 from foster_lib.splits import leave_one_out
 from foster_lib.task import Task
@@ -68,6 +69,17 @@ def write_tables(root, items: pd.DataFrame, interactions: pd.DataFrame, name: st
 def tables():
     """Fresh (items, interactions) frames that a test may damage."""
     return make_tables()
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder with the tiny data set, loaded as "toy" by name; results go there as well."""
+    monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
+    monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
+    write_tables(tmp_path, *make_tables())
+    load_once.cache_clear()
+    load_catalogue.cache_clear()
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

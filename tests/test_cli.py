@@ -1,94 +1,37 @@
 """The command line from a CSV to recommendations, on the tiny data set with the `tiny` encoder."""
 
 import json
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-import foster_lib.config
-import foster_lib.recommender
-from foster_lib.cli import app
 from foster_lib.config import load_profile
 from foster_lib.evaluation import recommender_scorer
-from foster_lib.recommender import Recommender
-from foster_lib.runs import Run, load_catalogue, load_once, make_task
+from foster_lib.execution import execute
+from foster_lib.methods import get_method
+from foster_lib.recommender import Recommender, of_run
+from foster_lib.runs import Run, make_task
 from tests.conftest import make_tables
-
-PROFILE = {
-    "sequences": 4,
-    "encoder": {"name": "tiny"},
-    "model": {"width": 16, "adapter_hidden": 8, "layers": 1, "heads": 2, "length": 6},
-    "full": {"learning_rate": 1e-2, "epochs": 10, "batch_size": 16},
-    "student": {"learning_rate": 2e-2, "epochs": 10, "validate_every": 5},
-    "methods": {"foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1}},
-}
+from tests.shop import call, files_below, make_shop, ok, settle
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a CSV of orders and one of products, and what prepare, distill and train make of them."""
-    folder = tmp_path_factory.mktemp("shop")
-    items, interactions = make_tables()
-    items.loc[0, "title"] = "Büro, \"groß\"\tund 'klein'"
-    items.loc[1:2, "title"] = "the same"
-    items.rename(columns={"item_id": "sku"}).to_csv(folder / "products.csv", index=False)
-    interactions.rename(columns={"user_id": "customer"}).to_csv(folder / "orders.csv", index=False)
-    (folder / "profiles").mkdir()
-    (folder / "profiles" / "mini.yaml").write_text(yaml.safe_dump(PROFILE))
+    """A shop, and what prepare, distill and train make of it."""
     with pytest.MonkeyPatch.context() as patch:
-        _settle(patch, folder)
-        ok("prepare", "shop", "--out", "data", "--interactions", "orders.csv", "--items", "products.csv", "--columns",
-           "user=customer", "--item-columns", "item=sku")  # fmt: skip
-        ok("distill", "data/shop", "--out", "shop4", "--profile", "mini")
-        ok("train", "data/shop", "--out", "full", "--profile", "mini")
-    return folder
-
-
-def _settle(patch, folder):
-    """Work in `folder`, with the profile `mini` and without a network."""
-    patch.chdir(folder)
-    patch.setattr(foster_lib.config, "PROFILES", folder / "profiles")
-    patch.setattr(socket.socket, "connect", _no_network)
-    patch.setenv("FOSTER_DATA", str(folder / "data"))
-    patch.setenv("FOSTER_RESULTS", str(folder / "results"))
-    patch.setenv("FOSTER_CACHE", str(folder / "cache"))
-    load_once.cache_clear()
-    load_catalogue.cache_clear()
-
-
-def _no_network(self, address):
-    raise AssertionError(f"the network was asked: {address}")
+        return make_shop(patch, tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture
 def shop(place, monkeypatch):
-    _settle(monkeypatch, place)
+    settle(monkeypatch, place)
     return place
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def ok(*arguments):
-    result = call(*arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def files_below(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_evaluation_is_that_of_the_run(shop):
@@ -196,148 +139,57 @@ def test_exports_by_name(shop, tmp_path):
     }
 
 
-MISTAKES = {
-    "no data set": (["train", "nothing", "--out", "new"], r"nothing.items\.parquet is missing.*FOSTER_DATA"),
-    "no such folder": (["train", "data/nothing", "--out", "new"], "data/nothing is no folder.*prepare"),
-    "unknown profile": (["train", "shop", "--out", "new", "--profile", "mni"], "profile 'mni'.*Did you mean 'mini'"),
-    "unknown split": (["train", "shop", "--out", "new", "--split", "temporl"], "split 'temporl'.*'temporal'"),
-    "unknown method": (["distill", "shop", "--out", "new", "--method", "foser"], "'foser'.*Did you mean 'foster'"),
-    "no sequences": (["distill", "shop", "--out", "new", "--method", "popularity"], "makes no sequences.*foster"),
-    "too many": (["distill", "shop", "--out", "new", "--method", "random", "--sequences", "99"], "99 .* 60 users"),
-    "none": (["distill", "shop", "--out", "new", "--sequences", "0"], "sequences is 0"),
-    "unknown section": (["train", "shop", "--out", "new", "--set", "ful.epochs=3"], "'ful'.*Did you mean 'full'"),
-    "unknown setting": (["train", "shop", "--out", "new", "--set", "full.epoch=3"], "'epoch'.*Did you mean 'epochs'"),
-    "unknown parameter": (
-        ["distill", "shop", "--out", "new", "--set", "methods.foster.iters=3"],
-        "method 'foster': 'iters'",
-    ),
-    "no number": (["train", "shop", "--out", "new", "--set", "full.epochs=many"], "epochs must be a number"),
-    "no value": (
-        ["train", "shop", "--out", "new", "--set", "full.epochs"],
-        "--set full.epochs: write it as full.epochs=12",
-    ),
-    "too deep": (["train", "shop", "--out", "new", "--set", "sequences.x=1"], "--set sequences.x=1: write it"),
-    "not deep enough": (["train", "shop", "--out", "new", "--set", "full=1"], "--set full=1: write it"),
-    "no YAML": (["train", "shop", "--out", "new", "--set", "full.epochs=[1"], "cannot be read as YAML"),
-    "no parameter": (
-        ["distill", "shop", "--out", "new", "--set", "methods.foster.iterations=all"],
-        "methods.foster: iterations must be a number",
-    ),
-    "heads": (["train", "shop", "--out", "new", "--set", "model.heads=3"], "width=16 does not divide into .*heads=3"),
-    "no GPU": (["train", "shop", "--out", "new", "--device", "gpu"], "unknown device 'gpu'"),
-    "there already": (["train", "shop", "--out", "full"], "full exists already.*--overwrite"),
-    "no recommender": (["recommend", "data", "i1"], "recommender.json is missing"),
-    "unknown item": (["recommend", "shop4", "the sane"], "'the sane'.*Did you mean 'the same'"),
-    "ambiguous title": (["recommend", "shop4", "the same"], r"2 items have the title.*\(i1, i2\)"),
-    "no recommendation": (["recommend", "shop4", "i1", "-k", "0"], "at least one"),
-    "no sequences there": (["export", "full", "--format", "jsonl", "--out", "new"], "full holds no sequences"),
-    "export is there": (["export", "shop4", "--format", "jsonl", "--out", "orders.csv"], "orders.csv exists already"),
-    "no positions": (["export", "shop4", "--format", "jsonl", "--out", "new", "--top", "0"], "--top is 0"),
-    "prepared already": (
-        ["prepare", "shop", "--out", "data", "--interactions", "orders.csv", "--items", "products.csv"],
-        "exists already.*--overwrite",
-    ),
-}
+# ------------------------------------------------- methods whose sequences have a form of their own
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(shop, mistake, capsys):
-    arguments, pattern = MISTAKES[mistake]
-    if "--profile" not in arguments and arguments[0] in ("train", "distill"):
-        arguments = [*arguments, "--profile", "mini"]
-    before = {path for path in files_below(shop) if not path.startswith("cache")}
-    result = call(*arguments)
-    message = result.stderr or capsys.readouterr().err
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
-    last = [line for line in message.splitlines() if "it/s" not in line and line.startswith("error: ")]
-    assert len(last) == 1 and message.endswith(last[0] + "\n"), message
-    assert "Traceback" not in message
-    assert pd.Series(last).str.contains(pattern).all(), message
-    assert {path for path in files_below(shop) if not path.startswith("cache")} == before
+FORMS = ["td3", "farzi", "foster-tied"]
 
 
-def test_damage_is_named(shop, tmp_path):
-    ok("distill", "shop", "--out", tmp_path / "shop4", "--profile", "mini")
+@pytest.mark.parametrize("method", FORMS)
+def test_every_form_is_exported(shop, tmp_path, method):
+    """In these forms the target of a position is the mixture of the next position, tensor for tensor."""
+    ok("distill", "shop", "--out", tmp_path / "out", "--profile", "mini", "--method", method)
+    said = ok("export", tmp_path / "out", "--format", "parquet", "--out", tmp_path / "out.parquet", "--top", 3)
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert said.startswith(f"4 sequences, {len(rows)} positions")
+    following = [(a, b) for a, b in zip(rows, rows[1:]) if a["sequence"] == b["sequence"]]
+    assert len(following) == len(rows) - 4 > 0
+    for a, b in following:
+        assert a["target_item_ids"] == b["input_item_ids"] and b["position"] == a["position"] + 1
+        assert a["target_probabilities"] == pytest.approx(b["input_probabilities"], rel=1e-4)
 
-    def damaged(name, text, pattern):
-        path = tmp_path / "shop4" / name
-        whole = path.read_bytes()
-        path.write_text(text)
-        result = call("recommend", tmp_path / "shop4", "i1")
-        path.write_bytes(whole)
-        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
-        assert pd.Series([result.stderr]).str.contains(pattern).all(), result.stderr
-
-    damaged("recommender.json", "{", "recommender.json is damaged")
-    damaged("recommender.json", '{"format": "else", "settings": {}, "sha256": {}}', "format is 'else'")
-    whole = json.loads((tmp_path / "shop4" / "recommender.json").read_text())
-    del whole["settings"]["model"]
-    damaged("recommender.json", json.dumps(whole), "settings are incomplete .'model'")
-    whole["settings"]["model"] = {"widht": 3}
-    damaged("recommender.json", json.dumps(whole), "'widht'.*Did you mean 'width'")
-    whole["settings"]["model"] = {"width": 8, "layers": 1}
-    damaged("recommender.json", json.dumps(whole), "does not fit")
-    damaged("weights.safetensors", "half", "is damaged")
-    damaged("items.parquet", "half", "is damaged")
-    assert call("recommend", tmp_path / "shop4", "i1").exit_code == 0
-
-
-def test_changed_data_are_not_evaluated(shop, tmp_path):
-    """Its test items may have been trained on."""
-    interactions = pd.read_parquet(shop / "data" / "shop" / "interactions.parquet")
-    (tmp_path / "shop").mkdir()
-    pd.read_parquet(shop / "data" / "shop" / "items.parquet").to_parquet(tmp_path / "shop" / "items.parquet")
-    interactions[:-1].to_parquet(tmp_path / "shop" / "interactions.parquet", index=False)
-    load_once.cache_clear()
-    result = call("evaluate", "full", "--data", tmp_path / "shop")
-    assert result.exit_code == 2 and "interactions.parquet of data set 'shop' changed" in result.stderr
+    run = Run(load_profile("mini").settings("shop"), method, 0)
+    stored, recommender = get_method(method).form.load(run.distilled_path), Recommender.load(tmp_path / "out")
+    inputs = stored.input_probabilities(recommender.embeddings)[stored.mask]
+    targets = stored.target_probabilities(recommender.embeddings)[stored.mask]
+    place = {item_id: index for index, item_id in enumerate(recommender.item_ids)}
+    for name, expected in (("input", inputs), ("target", targets)):
+        items = torch.tensor([[place[item_id] for item_id in row[f"{name}_item_ids"]] for row in rows])
+        chances = torch.tensor([row[f"{name}_probabilities"] for row in rows])
+        torch.testing.assert_close(chances, expected.topk(3).values)
+        torch.testing.assert_close(chances, expected.gather(1, items))
+    anchors = {row["anchor_item_id"] for row in rows}
+    assert (None not in anchors) if method == "foster-tied" else anchors == {None}
 
 
-def test_overwrite_replaces_its_own_files_only(shop, tmp_path):
-    ok("distill", "shop", "--out", tmp_path / "out", "--profile", "mini")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    ok("train", "shop", "--out", tmp_path / "out", "--profile", "mini", "--overwrite")
-    assert files_below(tmp_path / "out") == files_below(shop / "full") | {"notes.txt"}
-    assert Recommender.load(tmp_path / "out").about["method"] == "full"
+@pytest.mark.parametrize("method", FORMS)
+def test_every_form_makes_a_recommender(shop, tmp_path, method):
+    run = Run(load_profile("mini").settings("shop"), method, 0)
+    ok("distill", "shop", "--out", tmp_path / "out", "--profile", "mini", "--method", method)
+    assert json.loads(ok("evaluate", tmp_path / "out", "--data", "shop", "--json"))["out"] == run.manifest()["test"]
+    assert len(json.loads(ok("recommend", tmp_path / "out", "i3", "i4", "-k", 7, "--json"))) == 7
+    recommender, sequences = of_run(run)
+    assert isinstance(sequences, get_method(method).form)
+    saved = load_file(tmp_path / "out" / "weights.safetensors")
+    torch.testing.assert_close(recommender.model.state_dict(), dict(saved), rtol=0, atol=0)
 
 
-def test_a_full_disk_leaves_the_old_result(shop, tmp_path, monkeypatch):
-    ok("train", "shop", "--out", tmp_path / "out", "--profile", "mini")
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_below(tmp_path / "out")}
-
-    def no_space(tensors, path):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(foster_lib.recommender, "save_file", no_space)
-    for out in ("out", "new"):
-        result = call("train", "shop", "--out", tmp_path / out, "--profile", "mini", "--overwrite")
-        assert result.exit_code == 2 and "No space left on device" in result.stderr
-    assert {f"out/{name}" for name in before} == files_below(tmp_path)
-    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in before.items())
-
-
-def test_an_interrupted_move_leaves_a_folder_that_is_refused(shop, tmp_path, monkeypatch):
-    """New weights beside an old description would be worse than none."""
-    ok("distill", "shop", "--out", tmp_path / "out", "--profile", "mini")
-    move = Path.replace
-
-    def fails(path, target):
-        if path.name == "weights.safetensors":
-            raise OSError(5, "Input/output error")
-        return move(path, target)
-
-    monkeypatch.setattr(Path, "replace", fails)
-    result = call("train", "shop", "--out", tmp_path / "out", "--profile", "mini", "--overwrite")
-    assert result.exit_code == 2 and "Input/output error" in result.stderr
-    assert "recommender.json is missing" in call("recommend", tmp_path / "out", "i1").stderr
-
-
-def test_a_taken_folder_is_noticed_before_anything_is_computed(shop):
-    manifest = Run(load_profile("mini").settings("shop"), "full", 0).path
-    before = manifest.stat().st_mtime_ns
-    assert call("train", "shop", "--out", "full", "--profile", "mini", "--fresh").exit_code == 2
-    assert manifest.stat().st_mtime_ns == before
+def test_a_further_student_has_a_seed_of_its_own(shop):
+    settings = load_profile("mini").settings("shop")
+    first, second = (Run(settings, "farzi", 1, student) for student in (0, 1))
+    [manifest] = execute([second], say=lambda line: None, progress=False)
+    assert of_run(second)[0].about["test"] == manifest["test"]
+    assert (first.student_seed, second.student_seed) == (1, 1001)
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "train", "distill", "evaluate", "recommend", "export"])

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import scipy.special
 import torch
 import yaml
 
@@ -15,6 +16,7 @@ import foster_lib.export
 from foster_lib.coresets import kd, random
 from foster_lib.errors import FosterError
 from foster_lib.export import FORMATS, decode, export
+from foster_lib.farzi import LatentSequences
 
 NASTY = [
     "tab\there, \"quotes\" and 'more'",
@@ -70,6 +72,29 @@ def test_decoding_agrees_with_all_probabilities_at_once(task, mixtures, decoded)
     np.testing.assert_array_equal(decoded.anchors, mixtures.items[mixtures.mask])
     assert (decoded.inputs[:, 0] != decoded.anchors).any()  # otherwise the test could not tell them apart
     assert decoded.ends().sum() == 4
+
+
+def test_decoding_knows_the_forms_of_other_methods(task):
+    """By hand from the factors: in Farzi's latent D and decoder M, P = softmax(D · M)."""
+    generator = torch.Generator().manual_seed(0)
+    latent = 2 * torch.randn(3, task.length + 1, 5, generator=generator)
+    decoder = torch.randn(5, task.n_items, generator=generator)
+    found = decode(
+        LatentSequences.from_factors(latent=latent, decoder=decoder),
+        task.embeddings,
+        *ids_and_titles(task.n_items),
+        top=4,
+    )
+    p = scipy.special.softmax((latent @ decoder).numpy(), axis=-1)
+    order = np.argsort(-p, axis=-1)[..., :4]
+    np.testing.assert_array_equal(found.sequence, np.repeat(range(3), task.length))
+    np.testing.assert_array_equal(found.position, np.tile(range(task.length), 3))
+    np.testing.assert_array_equal(found.inputs, order[:, :-1].reshape(-1, 4))
+    np.testing.assert_array_equal(found.targets, order[:, 1:].reshape(-1, 4))
+    best = np.take_along_axis(p, order, -1)
+    np.testing.assert_allclose(found.input_probabilities, best[:, :-1].reshape(-1, 4), rtol=1e-5)
+    np.testing.assert_allclose(found.target_probabilities, best[:, 1:].reshape(-1, 4), rtol=1e-5)
+    assert foster_lib.export.position_table(found)["anchor_item_id"].null_count == len(found)
 
 
 def test_real_items_are_certain(task):

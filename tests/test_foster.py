@@ -11,21 +11,10 @@ import torch.nn.functional as F
 from foster_lib import coresets
 from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
-from foster_lib.foster import (
-    FeatureBank,
-    FosterSettings,
-    Learner,
-    Pair,
-    Subset,
-    Synthesizer,
-    cooccurrence_regulariser,
-    distill,
-    real_loss,
-    sample_subset,
-    subset_inputs,
-    synthetic_gradient,
-    synthetic_loss,
-)
+from foster_lib.foster import FosterSettings, Synthesizer, cooccurrence_regulariser, distill
+from foster_lib.learners import Learner
+from foster_lib.penalty import Pair, gap_gradient
+from foster_lib.subsets import FeatureBank, Subset, real_loss, sample_subset, subset_inputs, synthetic_loss
 from foster_lib.training import make_batch
 
 FAST = FosterSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3)
@@ -137,7 +126,7 @@ def test_learner_takes_adams_steps(task):
     for module in model.modules():
         if hasattr(module, "p"):
             module.p = 0.0
-    learner = Learner(model, FosterSettings(inner_warmup=1, inner_learning_rate=0.01))
+    learner = Learner(model, learning_rate=0.01, warmup=1)
     goal = task.teacher.log_scale.detach() + 0.1
     w, m, v = float(model.log_scale.detach()), 0.0, 0.0
     for t in range(1, 4):
@@ -181,11 +170,11 @@ def test_real_loss_on_all_items_is_the_full_cross_entropy(task):
     torch.testing.assert_close(real_loss(model, real, subset, teacher), expected)
 
 
-def test_synthetic_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
+def test_gap_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
     """Also a finite-difference check of ∂J/∂S in one random direction."""
     batch_of = lambda: synthetic.batch(Subset.uniform(torch.arange(task.n_items), task.n_items))  # noqa: E731
     theta, phi = task.teacher, task.new_model(3).eval()
-    gradients, gap, _ = synthetic_gradient(synthetic, batch_of(), theta, phi, weight=0)
+    gradients, gap = gap_gradient(synthetic, batch_of(), theta, phi)
     direction = torch.randn(synthetic.z_y.shape, generator=torch.Generator().manual_seed(0))
     base = synthetic.z_y.detach().clone()
     values = []
@@ -237,16 +226,22 @@ def test_regulariser_pulls_items_of_identical_text_to_identical_conditionals():
     assert before > 0.1 and distance() < 0.1 * before
 
 
-def test_distilling_starts_at_the_teachers_labels_and_is_reproducible(task):
-    start = coresets.kd(task, 3, seed=0)
-    first, history = distill(task, start, FAST, seed=0)
-    second, _ = distill(task, start, FAST, seed=0)
-    other, _ = distill(task, start, FAST, seed=1)
+@pytest.mark.parametrize("hypergradient", ["adjoint", "penalty"])
+def test_distilling_starts_at_the_teachers_labels_and_is_reproducible(task, hypergradient):
+    start, settings = coresets.kd(task, 3, seed=0), replace(FAST, hypergradient=hypergradient)
+    first, history = distill(task, start, settings, seed=0)
+    second, _ = distill(task, start, settings, seed=0)
+    other, _ = distill(task, start, settings, seed=1)
     assert torch.equal(first.labels, second.labels) and torch.equal(first.queries, second.queries)
     assert not torch.equal(first.labels, other.labels)
-    assert len(history["gap"]) == FAST.iterations
-    none, _ = distill(task, start, FosterSettings(iterations=0), seed=0)
+    assert {len(course) for course in history.values()} == {FAST.iterations}
+    none, _ = distill(task, start, replace(settings, iterations=0), seed=0)
     assert torch.equal(none.labels, start.labels)
+
+
+def test_unknown_hypergradient_is_refused():
+    with pytest.raises(FosterError, match="adjoint"):
+        FosterSettings(hypergradient="ajoint")
 
 
 def test_distillation_lowers_the_gap_of_the_same_models(task):
@@ -256,7 +251,7 @@ def test_distillation_lowers_the_gap_of_the_same_models(task):
     theta, phi = task.teacher, task.new_model(3).eval()
     gaps = []
     for _ in range(30):
-        gradients, gap, _ = synthetic_gradient(synthetic, synthetic.batch(subset), theta, phi, weight=0)
+        gradients, gap = gap_gradient(synthetic, synthetic.batch(subset), theta, phi)
         synthetic.step(gradients, 0.3)
         gaps.append(gap)
     assert gaps[-1] < gaps[0] - 1e-3

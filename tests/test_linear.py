@@ -11,7 +11,7 @@ from scipy import sparse
 
 from foster_lib.encoder import FrozenCatalogue
 from foster_lib.evaluation import rank_queries
-from foster_lib.linear import ease, ease_weights, id_model, sasrec_id, text_knn
+from foster_lib.linear import ease, ease_weights, id_model, id_sasrec, text_knn
 from foster_lib.splits import Queries
 
 HISTORIES = [np.array([3]), np.array([1, 2, 5]), np.array([7, 7, 0, 7])]
@@ -107,7 +107,7 @@ def test_text_knn_ignores_the_training_sequences(own_task):
     assert torch.equal(text_knn(own_task)(HISTORIES), text_knn(other)(HISTORIES))
 
 
-# ------------------------------------------------------------------------------ sasrec-id
+# ------------------------------------------------------------------------------ id-sasrec
 
 
 @pytest.fixture
@@ -122,28 +122,28 @@ def cycle(task):
     return replace(task, train=train, train_timestamps=times, validation=validation, catalogue=texts)
 
 
-def test_sasrec_id_learns_a_cycle(cycle):
+def test_id_sasrec_learns_a_cycle(cycle):
     """Without any text the next item of the ring comes first; untrained it does not."""
     options = dict(learning_rate=1e-2, batch_size=8, dropout=0.1)
-    trained = rank_queries(sasrec_id(cycle, epochs=25, patience=0, **options), cycle.validation, 24).metrics()
+    trained = rank_queries(id_sasrec(cycle, epochs=25, patience=0, **options), cycle.validation, 24).metrics()
     assert trained["recall@5"] == 1 and trained["ndcg@5"] > 0.99
-    fresh = rank_queries(sasrec_id(cycle, epochs=0, **options), cycle.validation, 24).metrics()
+    fresh = rank_queries(id_sasrec(cycle, epochs=0, **options), cycle.validation, 24).metrics()
     assert fresh["ndcg@5"] < 0.6
 
 
-def test_sasrec_id_reads_no_text_and_follows_its_seed(cycle):
+def test_id_sasrec_reads_no_text_and_follows_its_seed(cycle):
     """Other texts change nothing, the global random state neither; another seed does."""
     options = dict(epochs=2, learning_rate=1e-2)
-    first = sasrec_id(cycle, seed=1, **options)(HISTORIES)
+    first = id_sasrec(cycle, seed=1, **options)(HISTORIES)
     torch.manual_seed(99)
     texts = replace(cycle, catalogue=FrozenCatalogue(torch.randn(24, 4)))
     state = torch.get_rng_state()
-    assert torch.equal(first, sasrec_id(texts, seed=1, **options)(HISTORIES))
+    assert torch.equal(first, id_sasrec(texts, seed=1, **options)(HISTORIES))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(first, sasrec_id(cycle, seed=2, **options)(HISTORIES))
+    assert not torch.equal(first, id_sasrec(cycle, seed=2, **options)(HISTORIES))
 
 
-def test_sasrec_id_keeps_the_best_epoch_and_stops(cycle, monkeypatch):
+def test_id_sasrec_keeps_the_best_epoch_and_stops(cycle, monkeypatch):
     """Validation decides: with figures that fall from the start the first weights are kept."""
     figures = iter(range(100, 0, -1))
     counted = []
@@ -153,7 +153,7 @@ def test_sasrec_id_keeps_the_best_epoch_and_stops(cycle, monkeypatch):
         return float(next(figures))
 
     monkeypatch.setattr(type(cycle), "validate", validate)
-    score = sasrec_id(cycle, epochs=30, patience=2)
+    score = id_sasrec(cycle, epochs=30, patience=2)
     assert len(counted) == 3
     settings = replace(cycle.model_settings, dropout=0.0)
     expected = id_model(24, settings, seed=0).eval()

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foster_lib import coresets, matching, subsets
+from foster_lib import coresets, subsets
+from foster_lib.distribution_matching import distribution_loss, distribution_matching, sequence_means
 from foster_lib.encoder import FrozenCatalogue
 from foster_lib.errors import FosterError
 from foster_lib.matching import (
     descend,
-    distribution_loss,
-    distribution_matching,
     draw_real,
     gradient_distance,
     gradient_loss,
     gradient_matching,
-    math_attention,
     matrices,
-    sequence_means,
     start_sequences,
     trajectory_distance,
     trajectory_matching,
@@ -78,28 +72,6 @@ def check_by_differences(function, tensors, step=1e-5):
     slope = sum((g * d).sum() for g, d in zip(gradients, directions))
     assert abs(float(slope)) > 1e-6
     assert float((high - low).detach() / (2 * step)) == pytest.approx(float(slope), rel=1e-6)
-
-
-# ------------------------------------------------------------------------ attention kernel
-
-
-def test_only_the_math_kernel_has_a_second_derivative(monkeypatch):
-    """Fused attention refuses a double backward; `math_attention` selects what allows it, or fails."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 2, 6, 8, generator=generator).requires_grad_()
-
-    def second(context):
-        with context:
-            out = F.scaled_dot_product_attention(q, q, q, is_causal=True).square().sum()
-        (first,) = torch.autograd.grad(out, q, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), q)
-
-    assert torch.isfinite(second(math_attention())[0]).all()
-    with pytest.raises(RuntimeError, match="derivative"):
-        second(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
-    monkeypatch.setattr(matching, "sdpa_kernel", lambda backend: nullcontext())
-    with pytest.raises(AssertionError, match="math attention"):
-        second(math_attention())
 
 
 # -------------------------------------------------------------------------------- gradient

@@ -20,19 +20,19 @@ from foster_lib.config import (
 )
 from foster_lib.errors import FosterError
 from foster_lib.execution import Call, execute, parallel, resolve_device
-from foster_lib.methods import METHODS
+from foster_lib.methods import CORESETS, LABELLED, METHODS, base_name
 from foster_lib.paths import write_atomically
 from foster_lib.records import code_fingerprint
-from foster_lib.runs import Run, load_catalogue, load_once, plan
+from foster_lib.runs import Run, plan, train_full_run, trajectory_folder
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.tables import COLUMNS, long_table, write_table2
 from foster_lib.training import TrainSettings
-from tests.conftest import SMALL, make_tables, write_tables
+from tests.conftest import SMALL
 
 QUICK = {
     "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-tied": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
-    "sasrec-id": {"epochs": 2},
+    "id-sasrec": {"epochs": 2},
     "dconrec": {"iterations": 2, "added": 1},
     "dealrec": {"depth": 3},
     "gradient-matching": {"iterations": 2, "subset": 16},
@@ -44,13 +44,8 @@ QUICK = {
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    """A profile for the tiny data set; results go to the test's own folder."""
-    monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
-    monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
-    write_tables(tmp_path, *make_tables())
-    load_once.cache_clear()
-    load_catalogue.cache_clear()
+def settings(toy):
+    """A profile for the tiny data set."""
     return Settings(
         dataset="toy",
         profile="cpu",
@@ -124,6 +119,36 @@ def test_further_students_read_what_the_first_has_stored(settings):
     first.distilled_path.unlink()  # lost: the first run makes it again
     assert execute([second], say=quiet, progress=False)[0]["test"] == manifests[1]["test"]
     assert first.distilled_path.is_file()
+
+
+def test_a_coreset_with_labels_is_the_coreset_with_labels(settings):
+    """The same windows by the same parameters; the sign in its name may stand in those of files."""
+    assert {base_name(name) for name in LABELLED} == {*CORESETS, "kd"} - {"k-means"}
+    plain, labelled = runs = [Run(settings, name, 0) for name in ("dealrec", "dealrec+labels")]
+    assert plain.parameters == labelled.parameters == QUICK["dealrec"]
+    manifests = execute(runs, say=quiet, progress=False)
+    assert labelled.manifest() == manifests[1] and labelled.path.name.startswith("dealrec+labels-seed0-")
+    stored = [SyntheticSequences.load(run.distilled_path) for run in runs]
+    assert (stored[0].items == stored[1].items).all() and (stored[0].targets == stored[1].targets).all()
+    assert stored[0].labels is None and stored[1].labels is not None
+
+
+def test_full_data_training_found_finished_is_taken(settings):
+    """Another process may have been faster; not where the training is wanted fresh, or its weights are lost."""
+    run = Run(settings, "full", 0)
+    log = trajectory_folder(run) / "log.json"
+
+    def call(**options) -> tuple[str, int]:
+        return train_full_run(run, "cpu", False, **options), log.stat().st_mtime_ns
+
+    said, first = call(fresh=False)
+    assert "trained 3 epochs" in said
+    said, second = call(fresh=False)
+    assert "another process" in said and second == first
+    said, third = call()
+    assert "trained 3 epochs" in said and third > first
+    log.with_name("best.safetensors").unlink()
+    assert "trained 3 epochs" in call(fresh=False)[0]
 
 
 def test_a_plan_holds_every_run_once(settings, monkeypatch):

@@ -13,6 +13,7 @@ from scipy.special import erf
 from scipy.stats import spearmanr
 
 from foster_lib.encoder import FrozenCatalogue
+from foster_lib.errors import FosterError
 from foster_lib.sasrec import Adapter, Block, Dropout, ModelSettings, SASRec, build_model
 from tests.conftest import SMALL
 
@@ -282,3 +283,9 @@ def test_training_and_evaluation_differ_only_by_dropout():
         items = torch.tensor([[1, 2, 3]])
         training, evaluation = model.train()(items, model.features()), model.eval()(items, model.features())
         assert torch.equal(training, evaluation) == (p == 0.0)
+
+
+def test_heads_split_the_width_evenly():
+    """A width that the heads do not divide is refused where it is named, not deep inside attention."""
+    with pytest.raises(FosterError, match="width 10 is no multiple of heads 4"):
+        ModelSettings(width=10, heads=4)

@@ -8,8 +8,9 @@ import torch
 
 from foster_lib import coresets
 from foster_lib.errors import FosterError
-from foster_lib.foster import FosterSettings, Pair, Synthesizer, sample_subset, synthetic_gradient
-from foster_lib.subsets import real_loss, synthetic_loss
+from foster_lib.foster import FosterSettings, Synthesizer, regularised
+from foster_lib.penalty import Pair, gap_gradient
+from foster_lib.subsets import real_loss, sample_subset, synthetic_loss
 from foster_lib.toy import (
     Alternation,
     LinearTask,
@@ -255,8 +256,8 @@ def test_learning_inputs_too_lambda_one_suffices():
 
 
 @pytest.mark.parametrize("penalty", [1.0, 16.0])
-def test_pair_and_synthetic_gradient_arrive_at_the_penalty_gradient(penalty):
-    """`foster.Pair` (Adam, warm-up, clipping) and `foster.synthetic_gradient` on the softmax problem."""
+def test_pair_and_gap_gradient_arrive_at_the_penalty_gradient(penalty):
+    """`penalty.Pair` (Adam, warm-up, clipping) and `penalty.gap_gradient` on the softmax problem."""
     problem, S = PROBLEMS["softmax"]
     task = LinearTask(problem)
     settings = FosterSettings(penalty=penalty, inner_steps=200, inner_learning_rate=0.05, inner_warmup=10)
@@ -264,7 +265,7 @@ def test_pair_and_synthetic_gradient_arrive_at_the_penalty_gradient(penalty):
     pair.fit(task.batch(S), task.windows, task.teacher)
     live = S.clone().requires_grad_()
     learned = SimpleNamespace(tensors=[live])
-    (gradient,), gap, _ = synthetic_gradient(learned, task.batch(live), pair.theta.model, pair.phi.model, weight=0)
+    (gradient,), gap = gap_gradient(learned, task.batch(live), pair.theta.model, pair.phi.model)
     assert error(penalty * gradient, penalty_gradient(problem, S, penalty)) < 2e-3  # the library's loss is in float32
     theta, phi = problem.solution(S, penalty), problem.solution(S)
     assert gap == pytest.approx(float(problem.synthetic(theta, S) - problem.synthetic(phi, S)), rel=0.01)
@@ -283,13 +284,14 @@ def test_linear_task_has_the_losses_of_its_problem():
 
 
 @pytest.mark.parametrize("items", [15, 40])
-def test_synthetic_gradient_of_sasrec_is_autograd_of_the_written_formula(task, items):
+def test_gradient_of_sasrec_is_autograd_of_the_written_formula(task, items):
     """∂/∂S [L_syn(θ; S) − L_syn(φ; S) + w L_r] for z_x, β and z_y, with one row per item and loops."""
-    settings = FosterSettings(subset=items, neighbours=3, sharpness=2.0, bonus=1.0)
+    settings = FosterSettings(subset=items, neighbours=3, sharpness=2.0, bonus=1.0, regulariser=0.5)
     synthetic = Synthesizer(coresets.kd(task, 2, seed=0), task.embeddings, settings)
     drawn = sample_subset(task.n_items, items, np.random.default_rng(0))
-    theta, phi, weight = task.teacher, task.new_model(3).eval(), 0.5
-    result, gap, regulariser = synthetic_gradient(synthetic, synthetic.batch(drawn), theta, phi, weight)
+    theta, phi, weight = task.teacher, task.new_model(3).eval(), settings.regulariser
+    result, gap = gap_gradient(synthetic, batch := synthetic.batch(drawn), theta, phi)
+    result, regulariser = regularised(synthetic, batch, result)
 
     z_x, bonus, z_y = variables = [t.detach().clone().requires_grad_() for t in synthetic.tensors]
     start = synthetic.start

@@ -12,8 +12,6 @@ from foster_lib import tune
 from foster_lib.config import PROFILES, Profile, load_profile
 from foster_lib.errors import FosterError
 from foster_lib.methods import check_parameters
-from foster_lib.runs import load_catalogue, load_once
-from tests.conftest import make_tables, write_tables
 
 RAW = {
     "encoder": {"name": "tiny"},
@@ -28,8 +26,8 @@ SPACE = {
         "trials": [{}, {"model": {"width": 8}}],
         "methods": {
             "random": [{}],
-            "random-kd": [{}],
-            "ease": [{"regularisation": 1.0}],
+            "random+labels": [{}],
+            "linear": [{"regularisation": 1.0}],
             "foster": [{"iterations": 1, "pool": 1}],
         },
     }
@@ -37,18 +35,13 @@ SPACE = {
 
 
 @pytest.fixture
-def space(tmp_path, monkeypatch):
+def space(toy, monkeypatch):
     """The tiny data set, a small profile and a search space of its own."""
-    monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
-    monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
-    write_tables(tmp_path, *make_tables())
-    load_once.cache_clear()
-    load_catalogue.cache_clear()
-    monkeypatch.setattr(tune, "SPACE", tmp_path / "search.yaml")
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(SPACE))
+    monkeypatch.setattr(tune, "SPACE", toy / "search.yaml")
+    (toy / "search.yaml").write_text(yaml.safe_dump(SPACE))
     small = Profile("cpu", ["toy"], [0], "leave-one-out", [], RAW)
     monkeypatch.setattr(tune, "load_profile", lambda name: small)
-    return tmp_path
+    return toy
 
 
 def test_full_data_trials_are_recorded_sorted_and_kept(space):
@@ -63,13 +56,13 @@ def test_full_data_trials_are_recorded_sorted_and_kept(space):
     assert [path.stat().st_mtime_ns for path in records] == times and len(times) == 2
 
 
-@pytest.mark.parametrize("method", ["random", "random-kd", "ease", "foster"])
+@pytest.mark.parametrize("method", ["random", "random+labels", "linear", "foster"])
 def test_method_trials(space, method):
     """Students or a scorer are validated; what a trial changes reaches the method."""
     table = tune.search("toy", method, 1, "cpu")
     record = json.loads(next((space / "results" / "tuning" / "toy").glob(f"{method}-*.json")).read_text())
     assert 0 <= table["validation_ndcg@10"].iloc[0] <= 1
-    assert len(record["values"]) == (1 if method == "ease" else tune.STUDENTS)
+    assert len(record["values"]) == (1 if method == "linear" else tune.STUDENTS)
     assert json.loads(record["change"]) == SPACE["toy"]["methods"][method][0]
 
 

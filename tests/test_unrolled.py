@@ -1,12 +1,15 @@
 """Gradients through training against autograd, finite differences and PyTorch's own Adam, in float64."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foster_lib import unrolled
 from foster_lib.encoder import FrozenCatalogue
 from foster_lib.errors import FosterError
 from foster_lib.sasrec import SASRec
@@ -74,6 +77,25 @@ def relative_error(found, expected):
 # ----------------------------------------------------------------------------- attention
 
 
+def test_only_the_math_kernel_has_a_second_derivative(monkeypatch):
+    """Fused attention refuses a double backward; `math_attention` selects what allows it, or fails."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 6, 8, generator=generator).requires_grad_()
+
+    def second(context):
+        with context:
+            out = F.scaled_dot_product_attention(q, q, q, is_causal=True).square().sum()
+        (first,) = torch.autograd.grad(out, q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)
+
+    assert torch.isfinite(second(math_attention())[0]).all()
+    with pytest.raises(RuntimeError, match="derivative"):
+        second(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+    monkeypatch.setattr(unrolled, "sdpa_kernel", lambda backend: nullcontext())
+    with pytest.raises(FosterError, match="math attention"):
+        second(math_attention())
+
+
 def test_second_order_without_the_math_kernel_is_refused(exact):
     student, theta, p, loss = exact
     with pytest.raises(FosterError, match="math attention kernel"):
@@ -110,6 +132,10 @@ def test_flat_model_is_the_model(task):
     torch.testing.assert_close(g, torch.cat([p.grad.reshape(-1) for p in copy.parameters()]))
     assert torch.equal(student.vector(), own)
     assert torch.equal(student.load(other.state_dict()), theta.detach())
+    named = student.named(theta)
+    assert named.keys() == dict(other.named_parameters()).keys()
+    assert all(torch.equal(named[name], weight) for name, weight in other.named_parameters())
+    assert torch.equal(student.vector(named), theta.detach())
 
 
 def test_dropout_repeats_with_its_seed(task):

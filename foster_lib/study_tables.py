@@ -1,0 +1,108 @@
+"""What a study found, as people read it: its table and its figure."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from foster_lib.evaluation import paired_bootstrap
+from foster_lib.methods import get_method
+from foster_lib.records import read_ranks
+from foster_lib.runs import Run
+from foster_lib.tables import use_style
+
+BASE = "foster"
+COSTS = ["distil_seconds", "train_seconds", "total_seconds", "peak_memory_mib", "bytes"]
+"""What a row costs: columns of `studies.study_table`, and metrics of their own in it."""
+
+
+def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[str, Run]]) -> pd.DataFrame:
+    """The table of one data set as people read it: a row per variant, formatted text.
+
+    Parameters
+    ----------
+    spec : dict
+        The study as `studies.yaml` has it: its panels and their labels.
+    part : DataFrame
+        The rows of `studies.study_table`.
+    runs : list
+        Runs by name of variant: FOSTER is compared with each, user by user. Without them there is no comparison.
+    """
+    ranks: dict[str, list[np.ndarray]] = {}
+    for name, run in runs:
+        ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
+    rows = []
+    for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
+        row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
+        for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"]]):
+            if metric not in COSTS:
+                cell = own.reindex([metric]).iloc[0]
+                row[spec["labels"][metric]] = _number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])
+        first = own.loc["ndcg@10"]
+        row |= {"NDCG@10 / full": _number(first["ratio_to_full"], 3), "gain": _number(first["recovered_gain"], 2)}
+        if ranks:
+            test = paired_bootstrap(*(np.mean(ranks[of], axis=0) for of in (get_method(BASE).title, name)))
+            interval = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
+            row["FOSTER minus it, 95 %"] = "" if as_profile else interval + "*" * (test["low"] > 0 or test["high"] < 0)
+        costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
+        rows.append(row | {title: _number(value, 0) for title, value in costs})
+    return pd.DataFrame(rows)
+
+
+def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
+    """A row per data set and a column per panel: curves over the values of each sweep, or a dot per variant."""
+    use_style()
+    sweeps = [sweep for sweep in table["sweep"].unique() if sweep not in ("", "reference")]
+    columns, datasets = list(itertools.product(spec["panels"], sweeps or [""])), list(table["dataset"].unique())
+    size = (3.4 * len(columns), 3.2) if sweeps else (2.4 + 2.8 * len(columns), 0.8 + 0.25 * table["variant"].nunique())
+    options = {"squeeze": False, "layout": "constrained", "sharey": False if sweeps else "row"}
+    figure, axes = plt.subplots(len(datasets), len(columns), figsize=(size[0], size[1] * len(datasets)), **options)
+    for (row, dataset), (column, (panel, sweep)) in itertools.product(enumerate(datasets), enumerate(columns)):
+        axis, part = axes[row, column], table[(table["dataset"] == dataset) & (table["metric"] == panel)]
+        (_curves if sweep else _dots)(axis, part, sweep)
+        (axis.set_ylabel if sweep else axis.set_xlabel)(f"{spec['labels'][panel]}\n({dataset})")
+    if sweeps:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
+    own = part[part["sweep"] == sweep]
+    labels = list(own["value"].unique())  # equal steps on the axis: values are far apart, and some are words
+    for (method, line), form in zip(own.groupby("method", sort=False), ("C0o-", "C1s--", "C2^:", "C3D-.")):
+        place = [labels.index(value) for value in line["value"]]
+        axis.errorbar(place, line["mean"], line["std"].fillna(0), fmt=form, capsize=3, label=get_method(method).title)
+        ringed = [labels.index(value) for value in line.loc[line["as_profile"], "value"]]
+        axis.plot(ringed, line.loc[line["as_profile"], "mean"], "o", mfc="none", mec="0.15", ms=13)
+    for method, style, shade in (("full", (0, (6, 2)), "0.15"), ("kd", ":", "0.45")):
+        line = part[(part["sweep"] == "reference") & (part["method"] == method) & ~own["method"].eq(method).any()]
+        line = line[~line["metric"].isin(COSTS) | (method != "full")]  # full data has nothing to distil
+        for value in line["mean"]:
+            axis.axhline(value, ls=style, color=shade, lw=1.3, label=get_method(method).title)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.grid(True, axis="y")
+    axis.set_xlabel(sweep)
+
+
+def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
+    metric = part["metric"].iloc[0]
+    part = part.assign(place=np.arange(len(part))[::-1])
+    if metric in COSTS:
+        part["mean"] = part["mean"].clip(lower=0.01)  # what takes no time, on a logarithmic axis
+    for as_profile, look in ((False, {"fmt": "o", "color": "C0"}), (True, {"fmt": "D", "color": "C1", "ms": 7})):
+        own = part[part["as_profile"] == as_profile]
+        axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
+    axis.set_yticks(part["place"], part["variant"])
+    axis.grid(True, axis="y", alpha=0.4)
+    axis.margins(0.08)
+    if metric in COSTS and metric != "peak_memory_mib":
+        axis.set_xscale("log")
+
+
+def _number(value: float, digits: int, spread: float = np.nan) -> str:
+    both = [f"{each:.{digits}f}" for each in (value, spread) if not pd.isna(each)]
+    return " ± ".join(both) or "–"
