@@ -43,14 +43,49 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
 def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
     pool = checked_pool(task, sequences)
+    return select(task, pool, medoids(task, pool, sequences, seed)[0])
+
+
+def medoids(task: Task, pool: list[np.ndarray], clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the window nearest to each centroid of `k_means`, and how many windows its cluster has."""
     points = task.hidden_means(task.teacher, pool)
-    centroids = KMeans(sequences, n_init=4, random_state=seed).fit(points).cluster_centers_
-    return select(task, pool, nearest_points(points, centroids))
+    found = KMeans(clusters, n_init=4, random_state=seed).fit(points)
+    return nearest_points(points, found.cluster_centers_), np.bincount(found.labels_, minlength=clusters)
+
+
+def packed_k_means(task: Task, sequences: int, seed: int, per_sequence: int = 3) -> SyntheticSequences:
+    """As `k_means` with `per_sequence` times as many clusters, their windows put one after another.
+
+    Where users have short histories, one window leaves most of a sequence's L positions empty.
+    Windows of large clusters come first, each to the emptiest sequence; what does not fit is left out.
+    With `per_sequence` = 1 these are the windows of `k_means`, in another order.
+
+    Raises
+    ------
+    FosterError
+        If there are fewer users than sequences · `per_sequence`.
+    """
+    if per_sequence < 1:
+        raise FosterError(f"per_sequence is {per_sequence}: at least one window per sequence is needed.")
+    pool = checked_pool(task, sequences * per_sequence)
+    chosen, sizes = medoids(task, pool, sequences * per_sequence, seed)
+    rows: list[list[int]] = [[] for _ in range(sequences)]
+    for index in chosen[np.argsort(-sizes, kind="stable")]:
+        window = pool[index]
+        row = min(rows, key=len)
+        if len(row) + len(window) <= task.length + 1:
+            row.extend(window)
+    return SyntheticSequences.from_windows([np.array(row) for row in rows], task.length)
 
 
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """KD-n: the windows of `k_means` with the labels of the full-data teacher, no distillation."""
     return with_labels(task, k_means(task, sequences, seed))
+
+
+def kd_packed(task: Task, sequences: int, seed: int, per_sequence: int = 3) -> SyntheticSequences:
+    """The windows of `packed_k_means` with the labels of the full-data teacher, no distillation."""
+    return with_labels(task, packed_k_means(task, sequences, seed, per_sequence))
 
 
 @torch.no_grad()

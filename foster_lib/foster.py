@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from foster_lib.adjoint import Rollout
-from foster_lib.coresets import kd
+from foster_lib.coresets import kd_packed
 from foster_lib.errors import FosterError, check_known
 from foster_lib.penalty import Pair
 from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs
@@ -70,7 +70,7 @@ class FosterSettings:
     penalty: float = 1.0
     input_learning_rate: float = 0.006
     label_learning_rate: float = 0.002
-    regulariser: float = 10.0
+    regulariser: float = 3.0
     neighbours: int = 4
     neighbour_temperature: float = 0.05
     sharpness: float = 4.0
@@ -246,7 +246,9 @@ def regularised(synthetic: Synthesizer, batch: SyntheticBatch, gradients: list[T
     return [g + weight * r for g, r in zip(gradients, own)], float(value.detach())
 
 
-def foster(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
-    """The method as Table 2 calls it: KD-n's sequences and labels as start, then `distill`."""
-    start = kd(task, sequences, seed)
+def foster(
+    task: Task, sequences: int, seed: int, per_sequence: int = 1, progress: str = "", **parameters
+) -> SyntheticSequences:
+    """The method as Table 2 calls it: `distill`, started at `coresets.kd_packed` (`per_sequence` 1: at KD-n)."""
+    start = kd_packed(task, sequences, seed, per_sequence)
     return distill(task, start, FosterSettings(**parameters), seed=seed, progress=progress)[0]

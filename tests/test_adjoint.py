@@ -68,11 +68,11 @@ def test_look_back_is_automatic_differentiation_through_the_steps(task, syntheti
             (g,) = torch.autograd.grad(model(theta, loss, dropout_seed=step.seed), theta, create_graph=True)
             m = 0.9 * m + 0.1 * step.clip * g
             theta = theta - torch.cat([P.flatten() for P in step.preconditioner]) * m
-        assert torch.allclose(theta, torch.cat([w.flatten() for w in kept]), atol=1e-3)  # φ's steps, up to rounding noise in Adam's P
+        # φ's steps, up to rounding noise in Adam's P:
+        assert torch.allclose(theta, torch.cat([w.flatten() for w in kept]), atol=1e-3)
         judged = model(theta, lambda own: real_loss(own, windows, batch.subset, task.teacher))
         expected = torch.autograd.grad(judged, data)
     cosine = torch.nn.functional.cosine_similarity(flat(found), flat(expected), dim=0)
-    print("COS", cosine, flat(found).norm() / flat(expected).norm())
     assert cosine > 0.999 and float(flat(found).norm() / flat(expected).norm()) == pytest.approx(1, abs=0.03)
 
 

@@ -118,6 +118,26 @@ def test_k_means_takes_one_window_of_each_cluster(task, monkeypatch):
     assert set(rows(coresets.k_means(task, sequences=6, seed=0))) == expected
 
 
+def test_packed_windows_are_whole_and_fill_the_sequences(task):
+    """Each sequence is a row of whole windows of the pool; one window each gives those of k-means."""
+    one = coresets.packed_k_means(task, 4, seed=0, per_sequence=1)
+    plain = coresets.k_means(task, 4, seed=0)
+    assert sorted(one.items.tolist()) == sorted(plain.items.tolist()) and one.mask.sum() == plain.mask.sum()
+    short = replace(task, train=[sequence[-3:] for sequence in task.train])
+    single, packed = (coresets.packed_k_means(short, 4, 0, per_sequence=count) for count in (1, 3))
+    assert single.mask.sum() == 4 * 2 and packed.mask.sum() == 4 * 5  # two windows of three fit into 7 items
+    windows = {tuple(sequence[-3:]) for sequence in task.train}
+    for items, targets in zip(packed.items.tolist(), packed.targets.tolist()):
+        assert items[1:5] == targets[:4] and {tuple(items[:3]), (*items[3:5], targets[4])} <= windows
+
+
+def test_more_windows_than_users_are_refused(task):
+    with pytest.raises(FosterError, match="users"):
+        coresets.packed_k_means(task, 4, 0, per_sequence=10**3)
+    with pytest.raises(FosterError, match="per_sequence"):
+        coresets.packed_k_means(task, 4, 0, per_sequence=0)
+
+
 def test_hidden_means_ignore_padding(task):
     """The batched means equal those of each window alone."""
     means = task.hidden_means(task.teacher, candidates(task))
