@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def execute(
     teachers = {
         trajectory_folder(run): replace(run, method="full") for run in pending if get_method(run.method).needs_teacher
     }
-    trainings = {folder: Call(train_full_run, run) for folder, run in teachers.items() if fresh or not folder.is_dir()}
+    training = partial(train_full_run, fresh=fresh)
+    trainings = {folder: Call(training, run) for folder, run in teachers.items() if fresh or not folder.is_dir()}
     for run in {run.settings.dataset: run for run in pending}.values():
         load_catalogue(run.settings.dataset, run.settings.encoder, device)  # embed once, before fanning out
     distilled: dict[Path, Call] = {}

@@ -46,7 +46,7 @@ SPACE = {
             "panels": ["ndcg@10"],
             "variants": [
                 {"name": "no regulariser", "change": {"parameters": {"regulariser": 0}}},
-                {"name": "by hand", "change": {"parameters": {"regulariser": 0.1}}},
+                {"name": "by hand", "change": {"parameters": {"regulariser": FosterSettings.regulariser}}},
             ],
             "smoke": ["no regulariser"],
         },
@@ -103,7 +103,7 @@ def test_a_change_makes_another_key_and_a_default_does_not(space, profile):
         run = replace(base, method=method)
         return replace(run, settings=changed(run.settings, method, change)).key
 
-    assert key(parameters={"regulariser": 0.1}) == key(parameters={"subset": 16}) == base.key
+    assert key(parameters={"regulariser": FosterSettings.regulariser}) == key(parameters={"subset": 16}) == base.key
     different = [
         base.key,
         key(parameters={"regulariser": 0}),
