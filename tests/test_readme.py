@@ -18,6 +18,7 @@ ROWS = {
     "Random, 20 sequences": "random",
     "K-Center, 20 sequences": "k-center",
     "KD, 20 sequences with the teacher's labels": "kd",
+    "KD packed, FOSTER's start": "kd-packed",
     "**FOSTER, 20 sequences**": "foster",
 }
 
@@ -37,8 +38,9 @@ def test_the_readmes_table_is_the_committed_one(dataset):
     table = pd.read_csv(ROOT / "results" / "table2" / "table2.csv")
     table = table[table["dataset"] == dataset].set_index(["method", "metric"])
     rows = readme_tables()[dataset]
-    assert set(rows) == set(ROWS)
-    for title, method in ROWS.items():
+    expected = {title: method for title, method in ROWS.items() if method in table.index.unique("method")}
+    assert set(rows) == set(expected)
+    for title, method in expected.items():
         ndcg, recall, ratio, gain = rows[title]
         for cell, metric in ((ndcg, "ndcg@10"), (recall, "recall@10")):
             own = table.loc[(method, metric)]
