@@ -77,8 +77,8 @@ class Ranks:
         return cls(*(frame[column].to_numpy(np.int64) for column in ("user", "higher", "tied")))
 
 
-def rank_queries(score: Scorer, queries: Queries, n_items: int, memory_items: int = 2**23) -> Ranks:
-    """Rank every query's target among all items.
+def rank_queries(score: Scorer, queries: Queries, n_items: int, memory_items: int = 2**21) -> Ranks:
+    """Rank every query's target among all items, in float32.
 
     Parameters
     ----------
@@ -99,18 +99,21 @@ def rank_queries(score: Scorer, queries: Queries, n_items: int, memory_items: in
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         histories = [queries.histories[q] for q in chosen]
-        scores = score(histories)
-        if torch.isnan(scores).any():
+        scores = score(histories).clone()  # a scorer may keep what it returns
+        row = torch.arange(len(chosen), device=scores.device)
+        target = torch.as_tensor(queries.targets[chosen], device=scores.device)
+        target_score = scores[row, target][:, None]
+        if torch.isnan(scores.amax()):
             raise FosterError("a score is NaN: training has diverged; lower the learning rate.")
-        target = torch.as_tensor(queries.targets[chosen], device=scores.device)[:, None]
-        target_score = scores.gather(1, target)
-        candidate = torch.ones_like(scores, dtype=torch.bool)
-        rows = np.repeat(np.arange(len(chosen)), [len(history) for history in histories])
-        columns = np.concatenate(histories) if len(rows) else rows
-        candidate[torch.as_tensor(rows, device=scores.device), torch.as_tensor(columns, device=scores.device)] = False
-        candidate.scatter_(1, target, False)
-        higher[chosen] = ((scores > target_score) & candidate).sum(1).cpu().numpy()
-        tied[chosen] = ((scores == target_score) & candidate).sum(1).cpu().numpy()
+        lengths = torch.tensor([len(history) for history in histories], device=scores.device)
+        seen = torch.as_tensor(np.concatenate(histories), dtype=torch.long, device=scores.device)
+        scores[row.repeat_interleave(lengths), seen] = torch.nan  # compares with nothing: no candidate
+        scores[row, target] = torch.nan
+        above, equal = (torch.empty_like(scores) for _ in range(2))  # counting in float is several times faster
+        torch.gt(scores, target_score, out=above)
+        torch.eq(scores, target_score, out=equal)
+        higher[chosen] = above.sum(1).cpu().numpy()
+        tied[chosen] = equal.sum(1).cpu().numpy()
     return Ranks(queries.users, higher, tied)
 
 

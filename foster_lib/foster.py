@@ -25,13 +25,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from foster_lib.adjoint import Rollout
+from foster_lib.batches import Batch, make_batch
 from foster_lib.coresets import kd_packed
 from foster_lib.errors import FosterError, check_known
 from foster_lib.penalty import Pair
-from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs
+from foster_lib.subsets import Subset, SyntheticBatch, sample_subset
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
-from foster_lib.training import Batch, make_batch, warmup_cosine
+from foster_lib.training import warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,7 @@ class Synthesizer:
 
     def batch(self, subset: Subset) -> SyntheticBatch:
         """S over the subset, differentiable."""
-        start, f = self.start, self.f[subset.items]
-        p, own = subset_inputs(self.z_x, self.bonus, start.items, subset, f, self.f[start.items])
-        y = (self.z_y[start.mask] @ f.T).softmax(-1)
-        return SyntheticBatch(subset, start.items, start.mask, p, own, y)
+        return replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y).batch(subset, self.f)
 
     def regulariser(self, batch: SyntheticBatch) -> Tensor:
         """L_r of the batch; an anchor that was drawn counts in its column."""

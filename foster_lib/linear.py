@@ -72,6 +72,7 @@ def id_sasrec(
     batch_size: int = 64,
     patience: int = 5,
     dropout: float = 0.3,
+    subset: int = 0,
     progress: str = "",
 ) -> Scorer:
     """SASRec on all data without text: a learned embedding for each item, started at random.
@@ -80,7 +81,7 @@ def id_sasrec(
 
     Parameters
     ----------
-    learning_rate, weight_decay, epochs, batch_size, patience
+    learning_rate, weight_decay, epochs, batch_size, patience, subset
         See `TrainSettings`.
     dropout : float
         Of this model; without the text's prior it needs more than the one with text.
@@ -91,9 +92,10 @@ def id_sasrec(
         epochs=epochs,
         batch_size=batch_size,
         patience=patience,
+        subset=subset,
     )
     model = id_model(task.n_items, replace(task.model_settings, dropout=dropout), seed, task.device)
-    data = RealSequences(task.train, task.length, batch_size, task.train_timestamps)
+    data = RealSequences(task.train, task.length, batch_size, task.train_timestamps, task.n_items, subset)
     train(model, data, settings, seed=seed, validate=task.validate, device=task.device, progress=progress)
     return recommender_scorer(model)
 

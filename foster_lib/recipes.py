@@ -28,7 +28,7 @@ def train_student(
     model = student.new_model(seed)
     log = train(
         model,
-        sequences.to(task.device).training_data(task.embeddings),
+        sequences.to(task.device).training_data(task.embeddings, recipe.subset),
         recipe,
         seed=seed,
         validate=task.validate,
@@ -47,7 +47,9 @@ def train_full(
     """
     with new_folder(folder) as working:
         model = task.new_model(seed)
-        data = RealSequences(task.train, task.length, settings.batch_size, task.train_timestamps)
+        data = RealSequences(
+            task.train, task.length, settings.batch_size, task.train_timestamps, task.n_items, settings.subset
+        )
         log = train(
             model,
             data,

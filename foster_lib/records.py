@@ -26,7 +26,10 @@ from foster_lib.evaluation import Ranks
 from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
 
 SCHEMA = 1
-CORE_MODULES = ("datasets", "splits", "encoder", "sasrec", "training", "synthetic", "task", "evaluation", "recipes")
+CORE_MODULES = (
+    *("datasets", "splits", "encoder", "sasrec", "batches", "subsets"),
+    *("training", "synthetic", "task", "evaluation", "recipes"),
+)
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "scipy", "safetensors", "recbole")
 
 

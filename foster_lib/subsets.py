@@ -6,14 +6,14 @@ the items of the drawn real windows are embedded, so a step costs the same for a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from foster_lib.batches import Batch, soft_cross_entropy
 from foster_lib.sasrec import SASRec
-from foster_lib.training import Batch, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Subset:
         return cls(items, n_items, -float(np.log(len(items) / n_items)))
 
     def to(self, device: str) -> Subset:
-        return replace(self, items=self.items.to(device))
+        weight = self.log_weight
+        return replace(
+            self, items=self.items.to(device), log_weight=weight.to(device) if isinstance(weight, Tensor) else weight
+        )
 
     def including(self, wanted: Tensor) -> Subset:
         """The subset with the items `wanted` besides, which stand for themselves; the other drawn ones
@@ -97,16 +100,24 @@ def subset_inputs(
 class SyntheticBatch:
     """S seen through one item subset.
 
-    p : (n, L, N) and own : (n, L), input probabilities; y : (T, N) target probabilities;
-    each model embeds the subset and the anchors itself.
+    Attributes
+    ----------
+    p : (n, L, N) and own : (n, L)
+        Input probabilities of the subset's items and of each position's anchor; p None: the
+        anchors alone are the inputs.
+    y : (T, N) target probabilities, or (T,) places of the targets in the subset
     """
 
     subset: Subset
     anchors: Tensor
     mask: Tensor
-    p: Tensor
+    p: Tensor | None
     own: Tensor
     y: Tensor
+
+    def to(self, device: str | torch.device) -> SyntheticBatch:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SyntheticBatch(**{name: value if value is None else value.to(device) for name, value in own.items()})
 
     def detached(self) -> SyntheticBatch:
         return replace(self, p=self.p.detach(), own=self.own.detach(), y=self.y.detach())
@@ -131,7 +142,9 @@ def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | Non
     """
     bank = bank or FeatureBank(model, batch.subset.items, batch.anchors)
     features = bank(batch.subset.items)
-    mixed = batch.p @ features + batch.own[..., None] * bank(batch.anchors)
+    mixed = batch.own[..., None] * bank(batch.anchors)
+    if batch.p is not None:
+        mixed = mixed + batch.p @ features
     hidden = model.transform(mixed)[batch.mask]
     return soft_cross_entropy(logits(model, hidden, features, batch.subset), batch.y)
 

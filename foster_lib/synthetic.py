@@ -23,8 +23,8 @@ from torch import Tensor
 
 from foster_lib.errors import FosterError
 from foster_lib.paths import write_atomically
-from foster_lib.sasrec import adapt
-from foster_lib.training import Batch
+from foster_lib.sasrec import SASRec, adapt
+from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs, synthetic_loss
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,34 @@ class SyntheticSequences:
 
     # ---------------------------------------------------------------------- training data
 
-    def training_data(self, embeddings: Tensor) -> FullBatch:
-        """What `training.train` reads: all n sequences as one batch per epoch."""
-        inputs = self.items if self.queries is None else self.input_probabilities(embeddings)
+    def wanted(self) -> Tensor | None:
+        """Items that every subset has to hold, if any: hard targets."""
+        return self.targets[self.mask] if self.labels is None else None
+
+    def batch(self, subset: Subset, f: Tensor | None) -> SyntheticBatch:
+        """The sequences seen through an item subset; differentiable with respect to their tensors.
+
+        Parameters
+        ----------
+        subset : Subset
+            Holds the `wanted` items.
+        f : (|V|, k)
+            Item features f(e) of the catalogue; None where there are neither labels nor queries.
+        """
+        p, own, y = None, torch.ones(self.items.shape, device=self.items.device), None
+        if self.queries is not None:
+            p, own = subset_inputs(self.queries, self.bonus, self.items, subset, f[subset.items], f[self.items])
         if self.labels is None:
-            targets = self.targets[self.mask]
+            y = subset.positions(self.targets[self.mask])[0]
         else:
-            targets = (self.labels[self.mask] @ self.features(embeddings).T).softmax(-1)
-        return FullBatch(Batch(inputs, targets, self.mask))
+            y = (self.labels[self.mask] @ f[subset.items].T + subset.log_weight).softmax(-1)
+        return SyntheticBatch(subset, self.items, self.mask, p, own, y)
+
+    def training_data(self, embeddings: Tensor, size: int = 0) -> SyntheticData:
+        """What `training.train` reads: all sequences as one batch per epoch, over `size` items drawn anew
+        each time (0: the whole catalogue of `embeddings`)."""
+        f = None if self.labels is None and self.queries is None else self.features(embeddings)
+        return SyntheticData(self, f, len(embeddings), size)
 
     # --------------------------------------------------------------------------- reading
 
@@ -198,11 +218,33 @@ def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
 
 
-@dataclass(frozen=True)
-class FullBatch:
-    """Training data of one batch: an epoch is a step."""
+class SyntheticData:
+    """Training data of one batch: an epoch is a step.
 
-    batch: Batch
+    Parameters
+    ----------
+    sequences : SyntheticSequences
+    f : (|V|, k) or None
+        See `SyntheticSequences.batch`.
+    n_items : |V|
+    size : items drawn per step, 0: all
+    """
 
-    def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
-        yield self.batch
+    def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int):
+        self.sequences, self.f, self.n_items = sequences, f, n_items
+        self.size = size if 0 < size < n_items else n_items
+        self.everything = self.draw(np.random.default_rng()) if self.size == n_items else None
+
+    def draw(self, generator: np.random.Generator) -> SyntheticBatch:
+        sequences = self.sequences
+        subset = sample_subset(self.n_items, self.size, generator).to(sequences.items.device)
+        wanted = sequences.wanted()
+        if wanted is not None and self.size < self.n_items:
+            subset = subset.including(wanted)
+        return sequences.batch(subset, self.f)
+
+    def batches(self, generator: np.random.Generator) -> Iterable[SyntheticBatch]:
+        yield self.everything or self.draw(generator)
+
+    def loss(self, model: SASRec, batch: SyntheticBatch) -> Tensor:
+        return synthetic_loss(model, batch)

@@ -21,9 +21,8 @@ from torch import Tensor
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import Subset, SyntheticBatch, subset_inputs
-from foster_lib.synthetic import FullBatch, SyntheticSequences
+from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
-from foster_lib.training import Batch
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,18 @@ class TiedSequences(SyntheticSequences):
         bonus = self.next_of(self.bonus, self.end_bonus)
         return logits.scatter_add(-1, self.targets[..., None], bonus[..., None]).softmax(-1)
 
-    def training_data(self, embeddings: Tensor) -> FullBatch:
-        """What `training.train` reads: all n sequences as one batch per epoch."""
-        targets = self.target_probabilities(embeddings)[self.mask]
-        return FullBatch(Batch(self.input_probabilities(embeddings), targets, self.mask))
+    def wanted(self) -> Tensor:
+        """All anchors, as input and as target."""
+        return torch.unique(torch.cat([self.items.flatten(), self.targets[self.mask]]))
+
+    def batch(self, subset: Subset, f: Tensor) -> SyntheticBatch:
+        """The sequences seen through an item subset that holds the `wanted` items; differentiable."""
+        p, own = subset_inputs(self.queries, self.bonus, self.items, subset, f[subset.items], f[self.items])
+        bonus = self.next_of(self.bonus, self.end_bonus)
+        y, own_y = subset_inputs(self.labels, bonus, self.targets, subset, f[subset.items], f[self.targets])
+        place, _ = subset.positions(self.targets)
+        y = y.scatter_add(-1, place[..., None], own_y[..., None])
+        return SyntheticBatch(subset, self.items, self.mask, p, own, y[self.mask])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name but `labels`, which follow from the others."""
@@ -94,7 +101,6 @@ class TiedSynthesizer(Synthesizer):
         self.text = F.normalize(embeddings, dim=-1)
         self.z = [start.queries.clone().requires_grad_(), start.end_queries.clone().requires_grad_()]
         self.beta = [start.bonus.clone().requires_grad_(), start.end_bonus.clone().requires_grad_()]
-        self.anchors = torch.unique(torch.cat([start.items.flatten(), start.targets[start.mask]]))
         self.optimizer = torch.optim.Adam(self.tensors, lr=settings.input_learning_rate, betas=(0.8, 0.99))
         self.rates = [settings.input_learning_rate]
 
@@ -103,22 +109,17 @@ class TiedSynthesizer(Synthesizer):
         return [*self.z, *self.beta]
 
     def subset(self, drawn: Subset) -> Subset:
-        return drawn.including(self.anchors)
+        return drawn.including(self.start.wanted())
 
     def batch(self, subset: Subset) -> SyntheticBatch:
         """S over the subset, differentiable."""
-        start, f = self.start, self.f[subset.items]
-        p, own = subset_inputs(self.z[0], self.beta[0], start.items, subset, f, self.f[start.items])
-        queries, bonus = start.next_of(*self.z), start.next_of(*self.beta)
-        y, own_y = subset_inputs(queries, bonus, start.targets, subset, f, self.f[start.targets])
-        place, _ = subset.positions(start.targets)
-        y = y.scatter_add(-1, place[..., None], own_y[..., None])
-        return SyntheticBatch(subset, start.items, start.mask, p, own, y[start.mask])
+        return self.learned(self.z, self.beta).batch(subset, self.f)
+
+    def learned(self, z: list[Tensor], beta: list[Tensor]) -> TiedSequences:
+        return replace(self.start, queries=z[0], end_queries=z[1], bonus=beta[0], end_bonus=beta[1])
 
     def result(self) -> TiedSequences:
-        z, beta = ([tensor.detach() for tensor in pair] for pair in (self.z, self.beta))
-        learned = {"queries": z[0], "end_queries": z[1], "bonus": beta[0], "end_bonus": beta[1]}
-        return replace(self.start, **learned).to("cpu")
+        return self.learned(*([tensor.detach() for tensor in pair] for pair in (self.z, self.beta))).to("cpu")
 
 
 def foster_tied(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> TiedSequences:

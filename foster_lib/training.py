@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foster_lib.batches import Batch, make_batch, soft_cross_entropy
 from foster_lib.encoder import fast_precision
 from foster_lib.errors import FosterError
 from foster_lib.sasrec import SASRec
 from foster_lib.splits import windows
+from foster_lib.subsets import SyntheticBatch, real_loss, sample_subset
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainSettings:
     epochs : passes over the data; batch_size : sequences; warmup : fraction of all steps with
     rising learning rate, then cosine to zero; clip : largest gradient norm; validate_every :
     epochs between validations, of which the best is kept; patience : validations without
-    improvement before training stops (0: never).
+    improvement before training stops (0: never); subset : items drawn per step for the softmax,
+    beside those that the batch itself names (0: the whole catalogue).
     """
 
     learning_rate: float = 1e-3
@@ -38,31 +40,15 @@ class TrainSettings:
     clip: float = 1.0
     validate_every: int = 1
     patience: int = 5
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one gradient step reads.
-
-    Attributes
-    ----------
-    inputs : (B, L) int64 item indices, or (B, L, N) float mixtures of items
-    targets : (T,) int64 item indices, or (T, N) float probabilities
-    mask : (B, L) bool, the T positions that have a target
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    mask: Tensor
-
-    def to(self, device: str | torch.device) -> Batch:
-        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
+    subset: int = 0
 
 
 class TrainingData(Protocol):
-    """Anything that yields the batches of an epoch."""
+    """Anything that yields the batches of an epoch and knows a model's loss on one of them."""
 
-    def batches(self, generator: np.random.Generator) -> Iterable[Batch]: ...
+    def batches(self, generator: np.random.Generator) -> Iterable[Batch | SyntheticBatch]: ...
+
+    def loss(self, model: SASRec, batch: Batch | SyntheticBatch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,12 +57,16 @@ class RealSequences:
 
     timestamps : where given, interactions of one user with equal timestamps have no order of
     their own (a page of ratings, a basket): each epoch draws one.
+    subset : N of the `n_items` items of the catalogue that a step's softmax runs over, beside the
+    targets; a drawn item's weight makes up for those left out (`Subset.including`). 0: all items.
     """
 
     sequences: list[np.ndarray]
     length: int
     batch_size: int
     timestamps: list[np.ndarray] | None = None
+    n_items: int = 0
+    subset: int = 0
 
     def batches(self, generator: np.random.Generator) -> Iterable[Batch]:
         sequences = self.sequences
@@ -90,7 +80,17 @@ class RealSequences:
             part = sorted(order[start : start + bucket], key=lambda i: len(pieces[i]))
             groups += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         for index in generator.permutation(len(groups)):
-            yield make_batch([pieces[i] for i in groups[index]])
+            batch = make_batch([pieces[i] for i in groups[index]])
+            if 0 < self.subset < self.n_items:
+                drawn = sample_subset(self.n_items, self.subset, generator)
+                batch = replace(batch, subset=drawn.including(batch.targets))
+            yield batch
+
+    def loss(self, model: SASRec, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the next item."""
+        if batch.subset is None:
+            return sequence_loss(model, batch, model.features())
+        return real_loss(model, batch, batch.subset, teacher=None)
 
 
 def shuffle_ties(sequence: np.ndarray, timestamps: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -98,26 +98,10 @@ def shuffle_ties(sequence: np.ndarray, timestamps: np.ndarray, generator: np.ran
     return sequence[np.lexsort((generator.random(len(sequence)), timestamps))]
 
 
-def make_batch(pieces: list[np.ndarray]) -> Batch:
-    """Left-align windows of items: inputs are all but the last item, targets all but the first."""
-    longest = max(map(len, pieces)) - 1
-    inputs = torch.zeros(len(pieces), longest, dtype=torch.long)
-    mask = torch.zeros(len(pieces), longest, dtype=torch.bool)
-    for row, piece in enumerate(pieces):
-        inputs[row, : len(piece) - 1] = torch.from_numpy(piece[:-1])
-        mask[row, : len(piece) - 1] = True
-    return Batch(inputs, torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])), mask)
-
-
 def sequence_loss(model: SASRec, batch: Batch, features: Tensor) -> Tensor:
     """Mean cross-entropy of the next item over all items of `features` (full softmax)."""
     hidden = model(batch.inputs, features)[batch.mask]
     return soft_cross_entropy(model.scores(hidden, features), batch.targets)
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """−Σ_j y_j log softmax(logits)_j, averaged; `targets` are indices (T,) or probabilities (T, N)."""
-    return F.cross_entropy(logits.float(), targets)
 
 
 @dataclass
@@ -147,7 +131,7 @@ def train(
     Parameters
     ----------
     data : TrainingData
-        `RealSequences`, or the batches of `SyntheticSequences`.
+        `RealSequences`, or what `SyntheticSequences.training_data` returns.
     seed : int
         Of the order of the data; dropout and initial weights have the model's own generator.
     validate : callable, optional
@@ -197,7 +181,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * warmup_cosine(done, settings.warmup)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
-                loss = sequence_loss(model, batch, model.features())
+                loss = data.loss(model, batch)
             if not torch.isfinite(loss):
                 raise FosterError(
                     f"the loss is {loss.item()} at step {log.steps} (epoch {epoch}): training has diverged. "

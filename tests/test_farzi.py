@@ -31,7 +31,7 @@ def test_probabilities_are_the_summary_times_the_decoder(task, sequences):
     torch.testing.assert_close(sequences.input_probabilities(task.embeddings), p[:, :-1])
     torch.testing.assert_close(sequences.target_probabilities(task.embeddings), p[:, 1:])
     (batch,) = sequences.training_data(task.embeddings).batches(None)
-    torch.testing.assert_close(batch.targets, p[:, 1:].flatten(0, 1))
+    torch.testing.assert_close(batch.y, p[:, 1:].flatten(0, 1))
 
 
 def test_sequences_survive_the_disk_and_belong_to_one_catalogue(task, sequences, tmp_path):

@@ -45,6 +45,11 @@ def full(seed: int = 0) -> SyntheticSequences:
     )
 
 
+def inputs_of(batch) -> torch.Tensor:
+    """(n, L, |V|) probabilities of a batch over all items, the anchors' in their columns."""
+    return batch.p.scatter_add(-1, batch.anchors[..., None], batch.own[..., None])
+
+
 def equal(a: SyntheticSequences, b: SyntheticSequences) -> bool:
     """All parts have the same type and bits, absent parts are absent in both."""
     if (a.adapter or {}).keys() != (b.adapter or {}).keys():
@@ -95,8 +100,8 @@ def test_training_data_of_real_sequences_is_the_real_batch():
     """Hard sequences give what `make_batch` gives for the windows they came from."""
     (batch,) = SyntheticSequences.from_windows(windows(), LENGTH).training_data(embeddings()).batches(None)
     expected = make_batch(windows())
-    assert torch.equal(batch.inputs, expected.inputs)
-    assert torch.equal(batch.targets, expected.targets)
+    assert batch.p is None and torch.equal(batch.anchors, expected.inputs)
+    assert torch.equal(batch.y, expected.targets)
     assert torch.equal(batch.mask, expected.mask)
 
 
@@ -105,9 +110,31 @@ def test_training_data_of_mixtures():
     s, e = full(), embeddings()
     data = s.training_data(e)
     (batch,) = data.batches(None)
-    torch.testing.assert_close(batch.inputs, s.input_probabilities(e))
-    torch.testing.assert_close(batch.targets, s.target_probabilities(e)[s.mask])
-    assert len(batch.targets) == sum(len(w) - 1 for w in windows())
+    torch.testing.assert_close(inputs_of(batch), s.input_probabilities(e))
+    torch.testing.assert_close(batch.y, s.target_probabilities(e)[s.mask])
+    assert len(batch.y) == sum(len(w) - 1 for w in windows())
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_training_over_subsets_of_items(catalogue, hard):
+    """Each step draws other items, hard targets among them; the mean loss over many is near the full one's."""
+    model = build_model(catalogue, SMALL, seed=0).eval()
+    s, e = SyntheticSequences.from_windows(windows(), LENGTH) if hard else full(), catalogue.embeddings
+    (everything,) = s.training_data(e).batches(None)
+    data, generator = s.training_data(e, size=3 * V // 4), np.random.default_rng(0)
+    losses = []
+    with torch.no_grad():
+        expected = data.loss(model, everything).item()
+        for _ in range(300):
+            (batch,) = data.batches(generator)
+            assert len(batch.subset.items) < V
+            if hard:
+                assert torch.equal(batch.subset.items[batch.y], s.targets[s.mask])
+            losses.append(data.loss(model, batch).item())
+    assert np.std(losses) > 0
+    if hard:  # the softmax over the subset is that over the catalogue but for the noise in its normaliser
+        assert np.mean(losses) == pytest.approx(expected, rel=0.03)
+    assert s.training_data(e, size=V + 1).everything is not None
 
 
 def test_a_student_learns_from_mixtures(catalogue):

@@ -69,8 +69,8 @@ def test_targets_are_the_next_positions_mixtures(task, sequences):
     torch.testing.assert_close(sequences.input_probabilities(task.embeddings), p[:, :-1])
     torch.testing.assert_close(sequences.target_probabilities(task.embeddings), p[:, 1:])
     (batch,) = sequences.training_data(task.embeddings).batches(None)
-    torch.testing.assert_close(batch.targets, p[:, 1:].flatten(0, 1))
-    assert batch.mask.all() and batch.inputs.shape == (3, task.length, task.n_items)
+    torch.testing.assert_close(batch.y, p[:, 1:].flatten(0, 1))
+    assert batch.mask.all() and batch.p.shape == (3, task.length, task.n_items)
 
 
 def test_sequences_survive_the_disk_as_factors(task, sequences, tmp_path):

@@ -52,8 +52,8 @@ def test_targets_are_the_next_inputs(task, learned):
         logits[learned.targets[row, count - 1]] += learned.end_bonus[row]
         torch.testing.assert_close(y[row, count - 1], logits.softmax(-1))
     batch = next(iter(learned.training_data(task.embeddings).batches(np.random.default_rng(0))))
-    torch.testing.assert_close(batch.inputs, p)
-    torch.testing.assert_close(batch.targets, y[learned.mask])
+    torch.testing.assert_close(batch.p.scatter_add(-1, learned.items[..., None], batch.own[..., None]), p)
+    torch.testing.assert_close(batch.y, y[learned.mask])
 
 
 def test_saved_and_loaded_without_the_labels(task, learned, tmp_path):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from foster_lib.batches import Batch
 from foster_lib.errors import FosterError
 from foster_lib.sasrec import build_model
-from foster_lib.synthetic import FullBatch
+from foster_lib.subsets import SyntheticBatch, sample_subset, synthetic_loss
 from foster_lib.training import (
-    Batch,
     RealSequences,
     TrainSettings,
     make_batch,
@@ -312,10 +312,20 @@ def test_soft_synthetic_batch_trains(model):
     """A single batch of probabilities is fitted: the same trainer reads real and synthetic data."""
     generator = torch.Generator().manual_seed(0)
     n = model.catalogue.n_items
-    inputs = torch.rand(4, 6, n, generator=generator).pow(20)
+    p = torch.rand(4, 6, n, generator=generator).pow(20)
     mask = torch.arange(6).expand(4, 6) < torch.tensor([6, 3, 1, 5])[:, None]
     targets = (6 * torch.randn(15, n, generator=generator)).softmax(-1)
-    data = FullBatch(Batch(inputs / inputs.sum(-1, keepdim=True), targets, mask))
-    log = train(model, data, replace(QUICK, epochs=60), seed=0)
+    everything = sample_subset(n, n, np.random.default_rng(0))
+    anchors = torch.zeros(4, 6, dtype=torch.long)
+    batch = SyntheticBatch(everything, anchors, mask, p / p.sum(-1, keepdim=True), torch.zeros(4, 6), targets)
+
+    class Repeated:
+        def batches(self, generator):
+            yield batch
+
+        def loss(self, model, batch):
+            return synthetic_loss(model, batch)
+
+    log = train(model, Repeated(), replace(QUICK, epochs=60), seed=0)
     assert log.steps == 60
     assert log.losses[-1] < 0.6 * log.losses[0]
