@@ -19,10 +19,8 @@ from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 SECTIONS = ("model", "full", "student", "methods", "encoder")
-KEYS = (
-    *("base", "description", "datasets", "split", "seeds", "students", "sequences", "per_dataset", "table2"),
-    *SECTIONS,
-)
+BUDGET = ("sequences", "sequence_length")
+KEYS = ("base", "description", "datasets", "split", "seeds", "students", "per_dataset", "table2", *BUDGET, *SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,11 @@ class StudentSettings(TrainSettings):
 
 @dataclass(frozen=True)
 class Settings:
-    """All that determines the runs of one data set, profile and split."""
+    """All that determines the runs of one data set, profile and split.
+
+    sequence_length : positions of a synthetic sequence, a multiple of model.length: the model reads
+    it in windows of that length, as it does real sequences (0: one window)
+    """
 
     dataset: str
     profile: str
@@ -63,6 +65,7 @@ class Settings:
     full: TrainSettings
     student: StudentSettings
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sequence_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,23 @@ class Profile:
         """Settings of one data set, `per_dataset` applied."""
         own = self.raw.get("per_dataset", {}).get(dataset, {})
         for key in own:
-            check_known(key, (*SECTIONS, "sequences"), f"key of per_dataset.{dataset} in profile '{self.name}'")
+            check_known(key, (*SECTIONS, *BUDGET), f"key of per_dataset.{dataset} in profile '{self.name}'")
         merged = _merge(self.raw, own)
         where = f"profile '{self.name}'"
+        model = build(ModelSettings, merged.get("model", {}), f"model of {where}")
+        length = merged.get("sequence_length", model.length)
+        if type(length) is not int or length < 1 or length % model.length:
+            raise FosterError(
+                f"{where}: sequence_length must be a multiple of model.length {model.length}, not {length}."
+            )
         return Settings(
             dataset=dataset,
             profile=self.name,
             split=split or self.split,
             sequences=merged.get("sequences", 20),
+            sequence_length=length,
             encoder=build(EncoderSettings, merged.get("encoder", {}), f"encoder of {where}"),
-            model=build(ModelSettings, merged.get("model", {}), f"model of {where}"),
+            model=model,
             full=build(TrainSettings, merged.get("full", {}), f"full of {where}"),
             student=build(StudentSettings, merged.get("student", {}), f"student of {where}"),
             methods=merged.get("methods") or {},

@@ -20,7 +20,7 @@ from foster_lib.task import Task
 
 def candidates(task: Task) -> list[np.ndarray]:
     """What is chosen from: each user's latest window of at most L + 1 items."""
-    return [sequence[-(task.length + 1) :] for sequence in task.train]
+    return [sequence[-(task.sequence_length + 1) :] for sequence in task.train]
 
 
 def random(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -43,39 +43,31 @@ def k_center(task: Task, sequences: int, seed: int) -> SyntheticSequences:
 def k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Windows nearest to the k-means centroids of the teacher's mean hidden states."""
     pool = checked_pool(task, sequences)
-    return select(task, pool, medoids(task, pool, sequences, seed)[0])
+    return select(task, pool, medoids(task, pool, sequences, seed))
 
 
-def medoids(task: Task, pool: list[np.ndarray], clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the window nearest to each centroid of `k_means`, and how many windows its cluster has."""
+def medoids(task: Task, pool: list[np.ndarray], clusters: int, seed: int) -> np.ndarray:
+    """Index of the window nearest to each centroid of `k_means`."""
     points = task.hidden_means(task.teacher, pool)
     found = KMeans(clusters, n_init=4, random_state=seed).fit(points)
-    return nearest_points(points, found.cluster_centers_), np.bincount(found.labels_, minlength=clusters)
+    return nearest_points(points, found.cluster_centers_)
 
 
-def packed_k_means(task: Task, sequences: int, seed: int, per_sequence: int = 3) -> SyntheticSequences:
-    """As `k_means` with `per_sequence` times as many clusters, their windows put one after another.
+def packed_k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """As `k_means`, with a user for each window of L positions that the model reads, not for each sequence.
 
-    Where users have short histories, one window leaves most of a sequence's L positions empty.
-    Windows of large clusters come first, each to the emptiest sequence; what does not fit is left out.
-    With `per_sequence` = 1 these are the windows of `k_means`, in another order.
+    Where users have short histories, one of them would leave most positions of a sequence empty. If a
+    sequence is one window, this is `k_means`.
 
     Raises
     ------
     FosterError
-        If there are fewer users than sequences · `per_sequence`.
+        If there are fewer users than windows.
     """
-    if per_sequence < 1:
-        raise FosterError(f"per_sequence is {per_sequence}: at least one window per sequence is needed.")
-    pool = checked_pool(task, sequences * per_sequence)
-    chosen, sizes = medoids(task, pool, sequences * per_sequence, seed)
-    rows: list[list[int]] = [[] for _ in range(sequences)]
-    for index in chosen[np.argsort(-sizes, kind="stable")]:
-        window = pool[index]
-        row = min(rows, key=len)
-        if len(row) + len(window) <= task.length + 1:
-            row.extend(window)
-    return SyntheticSequences.from_windows([np.array(row) for row in rows], task.length)
+    windows = task.sequence_length // task.length
+    pool = [history[-(task.length + 1) :] for history in checked_pool(task, sequences * windows)]
+    chosen = medoids(task, pool, sequences * windows, seed)
+    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length).joined(windows)
 
 
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -83,9 +75,9 @@ def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     return with_labels(task, k_means(task, sequences, seed))
 
 
-def kd_packed(task: Task, sequences: int, seed: int, per_sequence: int = 3) -> SyntheticSequences:
-    """The windows of `packed_k_means` with the labels of the full-data teacher, no distillation."""
-    return with_labels(task, packed_k_means(task, sequences, seed, per_sequence))
+def kd_packed(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """The histories of `packed_k_means` with the labels of the full-data teacher, no distillation."""
+    return with_labels(task, packed_k_means(task, sequences, seed))
 
 
 @torch.no_grad()
@@ -131,4 +123,4 @@ def checked_pool(task: Task, sequences: int) -> list[np.ndarray]:
 
 def select(task: Task, pool: list[np.ndarray], chosen: np.ndarray) -> SyntheticSequences:
     """The `chosen` windows of the pool."""
-    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length)
+    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.sequence_length)

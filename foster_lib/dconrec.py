@@ -98,9 +98,11 @@ def candidates(
     Users are drawn uniformly; those with at most `tail` interactions are marked as kept until
     they fill the fraction `compensation` of the budget.
     """
-    room = task.length + 1 - added
+    room = task.sequence_length + 1 - added
     if room < 2:
-        raise FosterError(f"{added} added items leave no room in sequences of {task.length + 1}: lower `added`.")
+        raise FosterError(
+            f"{added} added items leave no room in sequences of {task.sequence_length + 1}: lower `added`."
+        )
     generator = np.random.default_rng(seed)
     pieces, marks, fixed, size, spent = [], [], [], 0, 0
     for user in generator.permutation(len(task.train)):
@@ -276,7 +278,7 @@ def dconrec(
     batch_size, inner_learning_rate : of the epoch on a mask's sequences
     learning_rate : of Adam on s, falling to zero by a cosine
     """
-    budget = sequences * task.length
+    budget = sequences * task.sequence_length
     interactions = candidates(task, budget, pool, added, tail, compensation, seed)
     s, _ = condense(
         task,
@@ -293,4 +295,4 @@ def dconrec(
         progress=progress,
     )
     kept = most_probable(interactions, s.numpy(), budget)
-    return SyntheticSequences.from_windows(interactions.pieces(kept), task.length)
+    return SyntheticSequences.from_windows(interactions.pieces(kept), task.sequence_length)

@@ -109,7 +109,7 @@ def start_factors(task: Task, sequences: int, settings: FarziSettings, seed: int
     """
     check_known(settings.start, STARTS, "start of Farzi:")
     generator = torch.Generator().manual_seed(seed)
-    k, positions = settings.latent, task.length + 1
+    k, positions = settings.latent, task.sequence_length + 1
     latent = torch.empty(sequences, positions, k).normal_(0.0, 0.02, generator=generator)
     if settings.start == "random":
         return [latent, torch.empty(k, task.n_items).normal_(generator=generator)]

@@ -244,9 +244,7 @@ def regularised(synthetic: Synthesizer, batch: SyntheticBatch, gradients: list[T
     return [g + weight * r for g, r in zip(gradients, own)], float(value.detach())
 
 
-def foster(
-    task: Task, sequences: int, seed: int, per_sequence: int = 1, progress: str = "", **parameters
-) -> SyntheticSequences:
-    """The method as Table 2 calls it: `distill`, started at `coresets.kd_packed` (`per_sequence` 1: at KD-n)."""
-    start = kd_packed(task, sequences, seed, per_sequence)
+def foster(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
+    """The method as Table 2 calls it: `distill`, started at `coresets.kd_packed`."""
+    start = kd_packed(task, sequences, seed)
     return distill(task, start, FosterSettings(**parameters), seed=seed, progress=progress)[0]

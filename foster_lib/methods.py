@@ -85,7 +85,7 @@ LABELLED = {
     if name != "k-means"
 }
 LABELLED["kd"] = Method(coresets.kd, "KD (k-means + teacher's labels)", needs_teacher=True)
-LABELLED["kd-packed"] = Method(coresets.kd_packed, "KD, several windows a sequence", needs_teacher=True)
+LABELLED["kd-packed"] = Method(coresets.kd_packed, "KD, a history in each window", needs_teacher=True)
 
 DISTILLATION = {
     "dconrec": Method(dconrec.dconrec, "DConRec", needs_teacher=True),

@@ -73,6 +73,7 @@ class Run:
             described["full"] = asdict(settings.full)
         if method.condenses:
             described["sequences"] = settings.sequences
+            described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
         if method.labelled:
             described["labels"] = "teacher"
@@ -228,6 +229,7 @@ def make_task(run: Run, device: str = "cpu") -> Task:
         model_settings=settings.model,
         trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
         device=device,
+        synthetic_length=settings.sequence_length,
     )
 
 

@@ -20,7 +20,7 @@ class ModelSettings:
     """Shape of the recommender.
 
     width : d; adapter_hidden : width of the adapter's hidden layer (0: the adapter is linear);
-    layers, heads : of the transformer; length : L, longest sequence it reads; dropout : on
+    layers, heads : of the transformer; length : L, items that it reads at a time; dropout : on
     embeddings and residual branches; branch_scale : factor on the initial weights that write into
     a residual stream (warm start); initial_scale : s in the softmax s·cos.
     """
@@ -162,7 +162,14 @@ class SASRec(nn.Module):
         return self.transform(inputs @ features if inputs.is_floating_point() else features[inputs])
 
     def transform(self, items: Tensor) -> Tensor:
-        """Hidden states (B, L, d) of sequences whose item features (B, L, d) are given."""
+        """Hidden states of sequences whose item features (B, any length, d) are given, of the same shape.
+
+        More than L items are read in consecutive windows of L, each on its own, as training cuts real sequences.
+        """
+        (B, positions, d), window = items.shape, self.settings.length
+        if positions > window:
+            cut = F.pad(items, (0, 0, 0, -positions % window)).reshape(-1, window, d)
+            return self.transform(cut).reshape(B, -1, d)[:, :positions]
         x = items * math.sqrt(self.settings.width) + self.positions[: items.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:

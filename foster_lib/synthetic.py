@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,9 @@ from foster_lib.errors import FosterError
 from foster_lib.paths import write_atomically
 from foster_lib.sasrec import SASRec, adapt
 from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs, synthetic_loss
+
+POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus")
+"""Tensors of `SyntheticSequences` with an entry per position."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class SyntheticSequences:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def joined(self, count: int) -> SyntheticSequences:
+        """Every `count` sequences one after another, as one: n / count sequences of count · L positions."""
+        tensors = {name: getattr(self, name) for name in POSITIONAL if getattr(self, name) is not None}
+        return replace(self, **{k: t.reshape(-1, count * t.shape[1], *t.shape[2:]) for k, t in tensors.items()})
 
     # --------------------------------------------------------------------- probabilities
 

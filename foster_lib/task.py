@@ -40,6 +40,8 @@ class Task:
     trajectory_folder : path or None
         Checkpoints of the full-data run of the same seed.
     device : str
+    synthetic_length : int
+        Positions of a synthetic sequence; 0: as many as the model reads at a time.
     """
 
     dataset: Dataset
@@ -50,6 +52,7 @@ class Task:
     model_settings: ModelSettings
     trajectory_folder: Path | None = None
     device: str = "cpu"
+    synthetic_length: int = 0
 
     @property
     def n_items(self) -> int:
@@ -57,7 +60,13 @@ class Task:
 
     @property
     def length(self) -> int:
+        """L, items that the model reads at a time."""
         return self.model_settings.length
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of a synthetic sequence, a multiple of L; the model reads them in windows of L."""
+        return self.synthetic_length or self.length
 
     @cached_property
     def embeddings(self) -> Tensor:

@@ -283,7 +283,7 @@ def distill(
     teacher, trajectory = task.teacher, task.trajectory[: settings.checkpoints or None]
     with torch.no_grad():
         item_factors = teacher.log_scale.exp() * teacher.adapter(task.embeddings)  # V
-    start = start_factors(sequences, task.length + 1, settings.rank, item_factors.shape[1], seed)
+    start = start_factors(sequences, task.sequence_length + 1, settings.rank, item_factors.shape[1], seed)
     factors = [tensor.to(task.device).requires_grad_() for tensor in start]
     descent = FactorDescent(factors, settings, settings.weight_decay)
     student = FlatModel(with_dropout(task, settings.dropout).new_model(seed))

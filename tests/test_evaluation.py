@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,18 @@ def test_history_is_excluded_but_the_target_never():
     tied = torch.zeros(1, 5)
     ranks = rank_queries(lambda h: tied, Queries(np.array([0]), [np.array([1, 2, 2])], np.array([2])), 5)
     assert (ranks.higher[0], ranks.tied[0]) == (0, 3)  # items 0, 3 and 4; not 1, and not itself
+
+
+def test_a_large_validation_set_is_sampled_once(task, monkeypatch):
+    """The same queries for every call and every task of the data; a small set is used whole."""
+    assert task.validation_sample is task.validation
+    monkeypatch.setattr("foster_lib.task.VALIDATION_QUERIES", 20)
+    first, second = replace(task).validation_sample, replace(task).validation_sample
+    assert len(first) == 20 and (first.users == second.users).all()
+    place = {user: q for q, user in enumerate(task.validation.users)}
+    for user, history, target in zip(first.users, first.histories, first.targets):
+        assert task.validation.targets[place[user]] == target
+        assert (task.validation.histories[place[user]] == history).all()
 
 
 def test_perfect_and_worst_scores():

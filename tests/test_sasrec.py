@@ -72,6 +72,17 @@ def test_block_equals_naive_attention():
     np.testing.assert_allclose(block(x).detach().numpy(), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("positions", [16, 19])
+def test_long_sequences_are_read_in_windows(model, positions):
+    """More than L items: consecutive windows of L, each as if it stood alone."""
+    items = torch.randn(3, positions, LIVELY.width, generator=generator(3))
+    whole = model.transform(items)
+    assert whole.shape == items.shape
+    for start in range(0, positions, LIVELY.length):
+        part = slice(start, start + LIVELY.length)
+        torch.testing.assert_close(whole[:, part], model.transform(items[:, part]))
+
+
 def test_transform_equals_its_formula(model):
     """Hidden state = normalise(blocks(√d · f + position)), scores = s · cos."""
     items = torch.tensor([[4, 9, 1, 30, 7]])

@@ -128,6 +128,41 @@ def test_sequence_loss_equals_naive_cross_entropy(model, data):
     assert sequence_loss(model, batch, features).item() == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+def test_loss_over_an_item_subset(model, split):
+    """Every target is in the subset, the drawn items stand for the others: the mean over draws is the full loss."""
+    model.eval()
+    n = model.catalogue.n_items
+    plain = RealSequences(split.train[:3], SMALL.length, 16)
+    sampled = RealSequences(split.train[:3], SMALL.length, 16, n_items=n, subset=12)
+    expected, losses, sizes = [], [], set()
+    with torch.no_grad():
+        for seed in range(200):
+            (batch,) = plain.batches(np.random.default_rng(seed))
+            expected.append(plain.loss(model, batch).item())
+            (batch,) = sampled.batches(np.random.default_rng(seed))
+            place, inside = batch.subset.positions(batch.targets)
+            assert inside.all() and batch.to("cpu").subset.n_items == n
+            sizes.add(len(batch.subset.items))
+            losses.append(sampled.loss(model, batch).item())
+    assert max(sizes) < n and np.std(losses) > 0
+    assert np.mean(losses) == pytest.approx(np.mean(expected), rel=0.02)
+    (batch,) = RealSequences(split.train[:3], SMALL.length, 16, n_items=n, subset=n).batches(np.random.default_rng(0))
+    assert batch.subset is None
+
+
+def test_full_data_training_over_subsets_learns_what_the_whole_catalogue_teaches(catalogue, split, data):
+    """The full loss, measured after training on subsets, is near that after training on everything."""
+    losses = []
+    for subset in (0, 20):
+        model = build_model(catalogue, SMALL, seed=0)
+        train(model, replace(data, n_items=catalogue.n_items, subset=subset), replace(QUICK, epochs=15), seed=0)
+        batches = list(data.batches(np.random.default_rng(0)))
+        losses.append(np.mean([sequence_loss(model, batch, model.features()).item() for batch in batches]))
+    untrained = build_model(catalogue, SMALL, seed=0).eval()
+    start = np.mean([sequence_loss(untrained, batch, untrained.features()).item() for batch in batches])
+    assert losses[1] - losses[0] < 0.25 * (start - losses[0])
+
+
 def test_soft_cross_entropy_equals_its_formula():
     """−Σ y log softmax, averaged, and its gradient (softmax − y) / T."""
     rng = np.random.default_rng(0)
