@@ -10,8 +10,8 @@ The problem is  min_S L_real(φ*(S)),  φ*(S) = argmin_φ L_syn(φ; S).  One ite
    ∂L_real(φ)/∂S, from first-order gradients alone: by looking back over the W steps (`adjoint`), or
    as the difference to an outer model θ that sees real data as well (`penalty`);
 3. S steps along that gradient plus the one of the co-occurrence regulariser L_r;
-4. every R iterations φ is reset to a random checkpoint of the real trajectory, because S would
-   otherwise fit the one model it grew up with.
+4. every R iterations φ is reset, to a random checkpoint of the real trajectory or to a fresh start,
+   because S would otherwise fit the one model it grew up with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class FosterSettings:
     inner_learning_rate, inner_warmup : of its Adam
     dropout : of φ, as of the students
     reset_every : R, iterations that φ serves between two resets
-    checkpoints : how many of the trajectory's checkpoints, from its start, resets are drawn from
+    fresh : share of the resets that go to a fresh warm start of a new seed, not to a checkpoint
+    checkpoints : how many of the trajectory's checkpoints, from its start, the others are drawn from
     probe : length of the finite differences of the adjoint; penalty : λ of the penalty form
     input_learning_rate, label_learning_rate : Adam on z_x, β and on z_y
     regulariser : weight of L_r beside the hypergradient (which the adjoint scales to length 1)
@@ -66,6 +67,7 @@ class FosterSettings:
     inner_warmup: int = 30
     dropout: float = 0.1
     reset_every: int = 100
+    fresh: float = 0.5
     checkpoints: int = 3
     probe: float = 3e-3
     penalty: float = 1.0
@@ -204,8 +206,14 @@ def distill(
     teacher = task.teacher if synthesizer.reads_teacher else None
     synthetic = synthesizer(start.to(task.device), task.embeddings, settings)
     pool = [HYPERGRADIENTS[settings.hypergradient](task, settings, seed + number) for number in range(settings.pool)]
+
+    def state() -> dict[str, Tensor]:
+        if generator.random() < settings.fresh:
+            return task.new_model(int(generator.integers(2**31))).state_dict()
+        return trajectory[generator.integers(len(trajectory))]
+
     for number, student in enumerate(pool):
-        student.reset(trajectory[generator.integers(len(trajectory))])
+        student.reset(state())
         student.served = number * settings.reset_every // settings.pool  # resets fall at different times
     history: dict[str, list[float]] = {"inner": [], "outer": [], "regulariser": []}
 
@@ -217,7 +225,7 @@ def distill(
     for iteration in bar:
         student = pool[iteration % settings.pool]
         if student.served == settings.reset_every:
-            student.reset(trajectory[generator.integers(len(trajectory))])
+            student.reset(state())
         student.served += 1
         subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
         batch = synthetic.batch(subset)

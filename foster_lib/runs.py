@@ -75,6 +75,7 @@ class Run:
             described["sequences"] = settings.sequences
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
+            described["student_seed"] = self.student_seed
         if method.labelled:
             described["labels"] = "teacher"
         if self.student:
@@ -99,8 +100,12 @@ class Run:
 
     @property
     def student_seed(self) -> int:
-        """Seed of the student's weights, dropout and training."""
-        return self.seed + STUDENT_STRIDE * self.student
+        """Seed of the student's weights, dropout and training.
+
+        Never that of the teacher: from the teacher's own initial weights a student learns more of its labels
+        than a fresh one does.
+        """
+        return self.seed + STUDENT_STRIDE * (1 + self.student)
 
     @property
     def first(self) -> Run:

@@ -189,7 +189,7 @@ def test_a_further_student_has_a_seed_of_its_own(shop):
     first, second = (Run(settings, "farzi", 1, student) for student in (0, 1))
     [manifest] = execute([second], say=lambda line: None, progress=False)
     assert of_run(second)[0].about["test"] == manifest["test"]
-    assert (first.student_seed, second.student_seed) == (1, 1001)
+    assert (first.student_seed, second.student_seed) == (1001, 2001)
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "train", "distill", "evaluate", "recommend", "export"])
