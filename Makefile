@@ -5,6 +5,9 @@ METHODS  ?=
 SEEDS    ?=
 SPLIT    ?=
 JOBS     ?=
+ENGINE   ?=
+SCHEDULER ?=
+REQUIRES ?=
 DEVICE   ?=
 FRESH    ?=
 SOURCE   ?=
@@ -24,11 +27,15 @@ OPTIONS = --profile "$(PROFILE)" $(if $(DATASETS),--datasets "$(DATASETS)") $(if
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONPATH = $(CURDIR)
+# Runs on a cluster, see docs/cluster.md.
+export FOSTER_ENGINE = $(ENGINE)
+export FOSTER_SCHEDULER = $(SCHEDULER)
+export FOSTER_REQUIRES = $(REQUIRES)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-figures \
-	reproduce-all site verify tune test test-unit test-notebooks lab lint clean
+.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-figures \
+	reproduce-all site verify tune benchmark test test-unit test-notebooks lab lint clean
 
 help:  ## this list
 	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
@@ -36,6 +43,7 @@ help:  ## this list
 	@echo
 	@echo "  options (2-core times): PROFILE=quick|cpu|paper|smoke  DATASETS=\"ml-100k foods\"  SEEDS=\"0 1 2\""
 	@echo "                          METHODS=\"full random+labels foster\"|all  SPLIT=temporal  JOBS=2  DEVICE=cpu|cuda  FRESH=1"
+	@echo "                          ENGINE=dask SCHEDULER=tcp://host:8786 REQUIRES=GPU=1 (docs/cluster.md)"
 	@echo "  other data sets are read below the folder that FOSTER_DATA names, see README.md"
 
 install: $(STAMP)  ## make .venv with all pinned packages (3 to 10 min, once)
@@ -65,6 +73,9 @@ reproduce-table3: $(STAMP)  ## Table 3, what Table 2's finished runs cost (PROFI
 reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (about 1.5 h for 3 seeds, 2 cores; SEEDS=0: a third)
 	@$(BIN)/python -m foster_lib.reproduce table4_ablation $(OPTIONS)
 
+reproduce-table5: $(STAMP)  ## Table 5, other recommenders and encoders on the same sequences (about 40 min for 3 seeds, 2 cores)
+	@$(BIN)/python -m foster_lib.reproduce table5_transfer $(OPTIONS)
+
 reproduce-figures: $(STAMP)  ## all figures beside Table 2's (about 3.5 h for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce figures $(OPTIONS)
 
@@ -79,6 +90,9 @@ verify: $(STAMP)  ## are the published figures those of this code? a line per cl
 
 tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or METHODS=foster
 	@$(BIN)/python -m foster_lib.tune $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(METHODS),--methods "$(METHODS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(DEVICE),--device $(DEVICE))
+
+benchmark: $(STAMP)  ## speed and memory as ratios, in results/benchmarks/ (PARTS=ranking: that one; about 30 min)
+	@$(BIN)/python -m benchmarks $(PARTS) $(if $(DEVICE),--device $(DEVICE))
 
 test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 6 min)
 

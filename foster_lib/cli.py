@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from foster_lib.errors import FosterError
+from foster_lib.errors import FosterError, complain
 
 if TYPE_CHECKING:
     from foster_lib.config import Settings
@@ -31,8 +31,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FosterError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(complain(error)) from error
 
 
 app = typer.Typer(
@@ -257,7 +256,7 @@ DEPTH = {"sequences": 0, "methods": 2}
 """Groups before the last key of a setting; others are in one group, as full.epochs."""
 
 
-def _settings(data: str, profile: str, split: str, change: list[str]) -> Settings:
+def changed_settings(data: str, profile: str, split: str, change: list[str]) -> Settings:
     """The profile's settings for a data set, `KEY=VALUE` changes laid over them."""
     import yaml
 
@@ -285,19 +284,15 @@ def _run(
     data: str, method: str, profile: str, split: str, seed: int, change: list[str] | None, out: Path, overwrite: bool
 ) -> Run:
     """The run, with all that can be wrong found before anything is computed."""
-    from foster_lib.config import build
-    from foster_lib.methods import get_method
     from foster_lib.recommender import check_target
     from foster_lib.runs import Run, load_once
     from foster_lib.splits import make_split
 
     check_target(out, overwrite)
-    run = Run(_settings(data, profile, split, change or []), method, seed)
-    run.description()  # unknown parameters
-    if fields := get_method(method).settings:
-        build(fields, run.parameters, f"methods.{method}")
+    run = Run(changed_settings(data, profile, split, change or []), method, seed)
+    run.description()  # unknown parameters, and values that cannot be
     settings = run.settings
-    if not isinstance(settings.sequences, int) or settings.sequences < 1:
+    if type(settings.sequences) is not int or settings.sequences < 1:
         raise FosterError(f"sequences is {settings.sequences!r}: give a whole number above 0.")
     make_split(load_once(settings.dataset), settings.split)
     return run
@@ -306,12 +301,12 @@ def _run(
 def _execute(run: Run, out: Path, device: str, fresh: bool, overwrite: bool) -> None:
     """Make the run or find it finished, then write the recommender to `out`."""
     from foster_lib.execution import Call, execute, parallel, resolve_device
-    from foster_lib.runs import train_full_run, trajectory_folder
+    from foster_lib.runs import train_full_run, trained
 
     device = resolve_device(device)
     execute([run], device=device, fresh=fresh, say=typer.echo)
     # Published runs come without the weights of full-data training, which are too large to publish.
-    published = run.method == "full" and not (trajectory_folder(run) / "best.safetensors").is_file()
+    published = run.method == "full" and not trained(run)
     calls = [Call(train_full_run, run)] if published else []
     calls.append(Call(_save, (run, out, overwrite)))
     # As all runs in one thread, so that the weights are those that the run evaluated.

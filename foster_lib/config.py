@@ -18,6 +18,8 @@ from foster_lib.sasrec import ModelSettings
 from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
+MAY_BE_ZERO = ("patience", "adapter_hidden", "inner_warmup")
+"""Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
 BUDGET = ("sequences", "sequence_length")
 KEYS = ("base", "description", "datasets", "split", "seeds", "students", "per_dataset", "table2", *BUDGET, *SECTIONS)
@@ -86,9 +88,18 @@ class Profile:
     def settings(self, dataset: str, split: str | None = None) -> Settings:
         """Settings of one data set, `per_dataset` applied."""
         own = self.raw.get("per_dataset", {}).get(dataset, {})
+        if not isinstance(own, dict):
+            raise FosterError(f"profile '{self.name}': per_dataset.{dataset} must hold keys and values.")
         for key in own:
-            check_known(key, (*SECTIONS, *BUDGET), f"key of per_dataset.{dataset} in profile '{self.name}'")
+            check_known(
+                key,
+                (*SECTIONS, *BUDGET),
+                f"key of per_dataset.{dataset} in profile '{self.name}'",
+            )
         merged = _merge(self.raw, own)
+        for method, parameters in merged.get("methods", {}).items():
+            if not isinstance(parameters, dict):
+                raise FosterError(f"profile '{self.name}': methods.{method} must hold keys and values.")
         where = f"profile '{self.name}'"
         model = build(ModelSettings, merged.get("model", {}), f"model of {where}")
         length = merged.get("sequence_length", model.length)
@@ -114,6 +125,13 @@ def load_profile(name: str) -> Profile:
     """Read a profile by name and everything it extends."""
     check_known(name, [path.stem for path in PROFILES.glob("*.yaml")], "profile")
     raw = _read(PROFILES / f"{name}.yaml")
+    where = f"profile '{name}'"
+    for key in ("datasets", "seeds", "table2"):
+        if not isinstance(raw.get(key, []), list):
+            raise FosterError(f"{where}: {key} must be a list, not {raw[key]!r}.")
+    for key in ("students", "sequences"):
+        if not (type(raw.get(key, 1)) is int and raw.get(key, 1) >= 1):
+            raise FosterError(f"{where}: {key} must be a whole number of at least 1, not {raw[key]!r}.")
     return Profile(
         name=name,
         datasets=raw.get("datasets", ["ml-100k"]),
@@ -130,12 +148,27 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         check_known(key, known, f"setting in {where}:")
-        default = known[key].default
-        if isinstance(default, (int, float)) and not isinstance(
-            value, (int, float, str if key == "tuned_layers" else int)
-        ):
-            raise FosterError(f"{where}: {key} must be a number, not {value!r} (write 1.0e-3, not 1e-3, in YAML).")
+        if what := refused(key, value, known[key].default):
+            raise FosterError(f"{where}: {key} must be {what}, not {value!r}.")
     return cls(**values)
+
+
+def refused(key: str, value: Any, default: Any) -> str:
+    """What a setting must be, if `value` is not that; the default tells the type."""
+    whole, number = type(value) is int, type(value) in (int, float)
+    if key == "tuned_layers":
+        return "" if value == "all" or (whole and value >= 0) else "'all' or a whole number"
+    if isinstance(default, (bool, str)):
+        return "" if isinstance(value, type(default)) else f"a {type(default).__name__}"
+    if isinstance(default, (int, float)) and not number:
+        return "a number (write 1.0e-3, not 1e-3, in YAML)"
+    if isinstance(default, int):
+        least = 1 if default and key not in MAY_BE_ZERO else 0
+        return "" if whole and value >= least else f"a whole number of at least {least}"
+    if isinstance(default, float):
+        most = 1 if "dropout" in key else 1e30  # about the largest that float32 can still compute with
+        return "" if 0 <= value < most else f"a number of at least 0 and below {most}"
+    return ""
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -143,15 +176,22 @@ def as_dict(settings: Any) -> dict[str, Any]:
     return asdict(settings)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise FosterError(f"{path}: not valid YAML ({error}).") from error
-    for key in raw:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise FosterError(f"{path}: not valid YAML ({error}). Mend it, or restore it with `git checkout`.") from error
+    if not isinstance(raw, dict):
+        raise FosterError(f"{path}: a profile holds keys and values, this file a {type(raw).__name__}. See cpu.yaml.")
+    for key, value in raw.items():
         check_known(key, KEYS, f"key in profile {path.name}")
+        if key in (*SECTIONS, "per_dataset") and not isinstance(value, dict):
+            raise FosterError(f"{path}: {key} must hold keys and values, not {value!r}.")
     if base := raw.pop("base", None):
-        raw = _merge(_read(PROFILES / f"{base}.yaml"), raw)
+        check_known(base, [other.stem for other in PROFILES.glob("*.yaml")], f"base of profile {path.name}:")
+        if path in extended:
+            raise FosterError(f"{path}: the profile extends itself. Mend `base`.")
+        raw = _merge(_read(PROFILES / f"{base}.yaml", (*extended, path)), raw)
     return raw
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+from tqdm import tqdm
 
 
 class FosterError(ValueError):
@@ -11,6 +14,15 @@ class FosterError(ValueError):
 
     Command lines print the sentence without a traceback and exit with status 2.
     """
+
+
+def complain(error: FosterError) -> int:
+    """Print the sentence as one line, however long the names in it; returns the exit status."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # else the sentence would begin behind what it was showing
+        bar.close()
+    line = " ".join(str(error).split())
+    print(f"error: {line if len(line) < 2000 else line[:1000] + ' … ' + line[-500:]}", file=sys.stderr, flush=True)
+    return 2
 
 
 def check_known(name: str, valid: Iterable[str], what: str) -> None:

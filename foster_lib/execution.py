@@ -1,12 +1,14 @@
-"""Many runs: what is finished is reused, the rest goes side by side."""
+"""Many runs: what is finished is reused, the rest goes side by side, here or on a cluster."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from tqdm.auto import tqdm
 from foster_lib.errors import FosterError, check_known
 from foster_lib.methods import get_method
 from foster_lib.paths import results_dir, shown
-from foster_lib.runs import Run, load_catalogue, run_one, train_full_run, trajectory_folder
+from foster_lib.records import defect
+from foster_lib.runs import Run, load_catalogue, run_one, train_full_run, trained, trajectory_folder
 
 
 def execute(
@@ -26,6 +29,7 @@ def execute(
     jobs: int = 1,
     device: str = "auto",
     fresh: bool = False,
+    engine: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
@@ -33,9 +37,13 @@ def execute(
 
     Finished runs are reused (not with `fresh`). Full-data training comes before the
     methods that read its teacher and trajectory. Every run uses one thread, so results do not depend
-    on `jobs`. `say` gets a line per finished run; `progress` shows bars as well.
+    on `jobs`. `say` gets a line per finished run; `progress` shows bars as well. `engine` (default:
+    `FOSTER_ENGINE`, else "local"): "dask" sends the runs to a cluster, see `cluster`, which has its own `jobs`.
     """
-    runs, device = list(runs), resolve_device(device)
+    runs, engine = list(runs), engine or os.environ.get("FOSTER_ENGINE") or "local"
+    check_known(engine, ("local", "dask"), "engine")
+    if engine == "local":
+        device = resolve_device(device)
     pending = [run for run in runs if fresh or run.manifest() is None]
     # Further students read what the first one's run stored; it runs again where that is lost.
     known = {run.path for run in pending}
@@ -43,32 +51,67 @@ def execute(
     pending += {run.path: run for run in lost if run.path not in known}.values()
     if len(pending) < len(runs):
         say(f"{len(runs) - len(pending)} of {len(runs)} runs are reused from {shown(results_dir() / 'runs')}")
+    for run in runs:
+        if not fresh and (why := defect(run.path)):
+            say(f"{shown(run.path)} cannot be used, its run is made again: {why}")
     teachers = {
         trajectory_folder(run): replace(run, method="full") for run in pending if get_method(run.method).needs_teacher
     }
     training = partial(train_full_run, fresh=fresh)
-    trainings = {folder: Call(training, run) for folder, run in teachers.items() if fresh or not folder.is_dir()}
-    for run in {run.settings.dataset: run for run in pending}.values():
-        load_catalogue(run.settings.dataset, run.settings.encoder, device)  # embed once, before fanning out
+    trainings = {
+        folder: Call(training, run, makes=(folder,)) for folder, run in teachers.items() if fresh or not trained(run)
+    }
     distilled: dict[Path, Call] = {}
     for run in sorted(pending, key=_expected_cost, reverse=True):
         if run.student:
             needs = distilled.get(run.first.path)
         else:
             needs = trainings.get(trajectory_folder(run)) if get_method(run.method).needs_teacher else None
-        distilled[run.path] = Call(run_one, run, after=needs)
+        function = run_one if fresh else run_unfinished
+        distilled[run.path] = Call(function, run, needs, reads=_reads(run), makes=_makes(run))
     calls = [*trainings.values(), *distilled.values()]
-    parallel(calls, jobs=jobs, device=device, label="runs", progress=progress, say=say)
+    if engine == "dask":
+        from foster_lib.cluster import on_cluster  # Dask is needed by those who use it
+
+        on_cluster(calls, device=device, label="runs", progress=progress, say=say)
+    else:
+        for run in {run.settings.dataset: run for run in pending}.values():
+            load_catalogue(run.settings.dataset, run.settings.encoder, device)  # embed once, before fanning out
+        parallel(calls, jobs=jobs, device=device, label="runs", progress=progress, say=say)
     return [run.manifest() for run in runs]
+
+
+def run_unfinished(run: Run, device: str, progress: bool) -> str:
+    """`run_one`, unless another process has finished the run since it was planned."""
+    if run.manifest() is not None and all(path.is_file() for path in _makes(run)):
+        return f"{run.settings.dataset} {run.method} seed {run.seed}: finished by another process meanwhile"
+    return run_one(run, device, progress)
+
+
+def _reads(run: Run) -> tuple[Path, ...]:
+    """What others have made and a run reads."""
+    if run.student:
+        return (run.distilled_path,)
+    return (trajectory_folder(run),) if get_method(run.method).needs_teacher else ()
+
+
+def _makes(run: Run) -> tuple[Path, ...]:
+    sequences = [] if run.student or not get_method(run.method).condenses else [run.distilled_path]
+    return (*sequences, *(path.with_suffix(".json") for path in sequences), run.path.with_suffix(".parquet"), run.path)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """`function(item, device, progress)`, to be called when the call `after` has ended."""
+    """`function(item, device, progress)`, to be called when the call `after` has ended.
+
+    reads, makes : files and folders below the results and the cache, which travel to and from a cluster's worker
+    """
 
     function: Callable[[Any, str, bool], str]
     item: Any
     after: Call | None = None
+    reads: tuple[Path, ...] = ()
+    makes: tuple[Path, ...] = ()
 
 
 def parallel(
@@ -84,14 +127,16 @@ def parallel(
 
     The line that each call returns is said when it ends; a single job shows its own progress bar.
     """
+    if jobs < 1:
+        raise FosterError(f"jobs is {jobs}: at least 1 is needed.")
     if jobs == 1 or len(calls) < 2:
         for call in calls:
-            say(_single_threaded(call.function, call.item, device, progress))
+            say(single_threaded(call.function, call.item, device, progress))
         return
     waiting, running, ended = list(calls), {}, set()
     # Fresh interpreters: a fork would copy the threads' locks of torch in an unknown state.
     with (
-        ProcessPoolExecutor(min(jobs, len(calls)), mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(jobs, len(calls)), get_context("spawn"), initializer=_end_with_parent) as pool,
         tqdm(total=len(calls), desc=label, unit="run", disable=not progress) as bar,
     ):
         try:
@@ -99,7 +144,7 @@ def parallel(
                 ready = [call for call in waiting if call.after is None or call.after in ended]
                 for call in ready[: jobs - len(running)]:
                     waiting.remove(call)
-                    running[pool.submit(_single_threaded, call.function, call.item, device, False)] = call
+                    running[pool.submit(single_threaded, call.function, call.item, device, False)] = call
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     ended.add(running.pop(future))
                     say(future.result())
@@ -124,7 +169,18 @@ def _expected_cost(run: Run) -> int:
     return get_method(run.method).condenses + 2 * (run.method == "foster") - 10 * run.student
 
 
-def _single_threaded(function: Callable, item: Any, device: str, progress: bool) -> str:
+def _end_with_parent() -> None:
+    """Without its parent, a worker would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def single_threaded(function: Callable, item: Any, device: str, progress: bool) -> str:
+    """Make a call on one thread."""
     torch.set_num_threads(1)
     with threadpool_limits(1):
         return function(item, device, progress)

@@ -26,7 +26,8 @@ from foster_lib import (
     td3,
     tied,
 )
-from foster_lib.errors import check_known
+from foster_lib.config import refused
+from foster_lib.errors import FosterError, check_known
 from foster_lib.synthetic import SyntheticSequences
 
 
@@ -110,6 +111,10 @@ METHODS: dict[str, Method] = {**REFERENCES, **CORESETS, **LABELLED, **DISTILLATI
 """In the order of the table."""
 
 
+NO_PARAMETERS = ("task", "sequences", "seed", "parameters", "progress")
+"""What a method's function takes besides its parameters."""
+
+
 def get_method(name: str) -> Method:
     """Look a method up by the name used in options and tables."""
     check_known(name, METHODS, "method")
@@ -122,10 +127,13 @@ def base_name(name: str) -> str:
 
 
 def check_parameters(name: str, parameters: dict) -> None:
-    """Raise `FosterError` if a method does not know one of its configured parameters."""
+    """Raise `FosterError` if a method does not know one of its configured parameters, or not such a value."""
     method = get_method(name)
-    known = set(inspect.signature(method.function).parameters) - {"task", "sequences", "seed", "parameters", "progress"}
+    known = {key: each.default for key, each in inspect.signature(method.function).parameters.items()}
     if method.settings:
-        known |= {field.name for field in fields(method.settings)}
-    for key in parameters:
+        known |= {field.name: field.default for field in fields(method.settings)}
+    known = {key: default for key, default in known.items() if key not in NO_PARAMETERS}
+    for key, value in parameters.items():
         check_known(key, known, f"parameter of method '{name}':")
+        if what := refused(key, value, known[key]):
+            raise FosterError(f"methods.{base_name(name)}: {key} must be {what}, not {value!r}.")

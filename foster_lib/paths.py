@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import safetensors
+
 from foster_lib.errors import FosterError
+
+PARTIAL = ".partial-"
+"""Begins the names of files and folders that are not finished."""
+
+WRITE_ERRORS = (OSError, safetensors.SafetensorError)
+"""What writing raises on a full disk or in a read-only folder; safetensors has an exception of its own."""
 
 # Relative folders count from here, because notebooks run in different working directories.
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,26 +44,74 @@ def shown(path: Path) -> str:
     return path.as_posix()
 
 
+@contextmanager
+def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
+    """An empty hidden file (or folder) beside `path`, to be filled and moved; what is left of it in the end is removed.
+
+    Its writer holds a lock on it. A process that is killed leaves its own behind, without the lock: the next one
+    that writes into the same folder removes it. There are no lock files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent)
+    handle, temporary = _held(path, folder)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove unfinished files and folders that no living process holds."""
+    for path in Path(folder).glob(f"{PARTIAL}*"):
+        with suppress(OSError):  # another process holds it, or has just removed it
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _held(path: Path, folder: bool) -> tuple[int, Path]:
+    """A new file or folder beside `path`, and the open handle whose lock says that it is in use."""
+    names = {"dir": path.parent, "prefix": PARTIAL, "suffix": f"-{path.name}"}
+    while True:
+        if folder:
+            name = tempfile.mkdtemp(**names)
+        else:
+            handle, name = tempfile.mkstemp(**names)
+            os.close(handle)
+        with suppress(FileNotFoundError):  # taken for abandoned before the lock was there: once more
+            handle = os.open(name, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: nothing is ever taken for abandoned there
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.exists(name):
+                return handle, Path(name)
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it into place.
 
     A killed or failing writer (no disk space, no permission) leaves the old file, or none.
     """
     path = Path(path)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
+        with unfinished(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+    except WRITE_ERRORS as error:
         raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -63,29 +120,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A hidden working folder beside `folder`, which takes its place when the block ends well.
 
     `folder` appears complete or not at all: where the block fails or is interrupted, what it wrote
-    is removed. Of two processes that make the same folder, one keeps its own.
+    is removed. If there is one already, its files are replaced one by one: whoever reads them
+    meanwhile finds each of them whole, the old or the new one.
     """
     folder = Path(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
+        with unfinished(folder, folder=True) as working:
+            yield working
+            try:
+                working.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                old = {path.name for path in folder.iterdir()}
+                for path in sorted(working.iterdir()):
+                    path.replace(folder / path.name)
+                    old.discard(path.name)
+                for name in old:
+                    _remove(folder / name)
+    except WRITE_ERRORS as error:
         raise _unwritable(folder, error) from error
-    try:
-        yield working
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            working.rename(folder)
-        except OSError as error:
-            if not folder.is_dir():  # else another process has put its own there in between
-                raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> FosterError:
+def _unwritable(path: Path, error: Exception) -> FosterError:
     return FosterError(
-        f"{path}: cannot be written ({error.strerror or error}). "
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). "
         "Free some space or choose another folder with FOSTER_CACHE / FOSTER_RESULTS."
     )
 

@@ -10,16 +10,14 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from foster_lib.datasets import EMBEDDED
-from foster_lib.errors import FosterError
-from foster_lib.paths import sha256_file
+from foster_lib.errors import FosterError, complain
+from foster_lib.paths import sha256_file, unfinished
 from foster_lib.sources import FORMATS, Source, open_source
 from foster_lib.sources.download import ADDRESSES, PAGES, fetch, remember
 from foster_lib.sources.normalise import normalise
@@ -60,30 +58,27 @@ def prepare(name: str, source: Source, root: Path, *, overwrite: bool = False, *
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == EMBEDDED:
         raise FosterError(f"'{name}' cannot name a data set: use letters, digits, '.', '_', '-', and not {EMBEDDED}.")
+    if options.get("core", 0) < 0:
+        raise FosterError(f"--core is {options['core']}: give 0, which keeps everything, or the K of the K-core.")
     target = Path(root).expanduser() / name
     _check_target(target, overwrite)
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
-        report = {
-            "name": name,
-            **normalise(source, temporary, **options),
-            "options": {key: str(value) for key, value in options.items() if value and key != "progress"},
-            "sha256": {path.name: sha256_file(path) for path in source.paths},
-        }
-        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        target.mkdir(exist_ok=True)
-        for file in FILES:  # `load_dataset` notices interactions that do not belong to the items
-            (temporary / file).replace(target / file)
+        with unfinished(target, folder=True) as temporary:
+            report = {
+                "name": name,
+                **normalise(source, temporary, **options),
+                "options": {key: str(value) for key, value in options.items() if value and key != "progress"},
+                "sha256": {path.name: sha256_file(path) for path in source.paths},
+            }
+            (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            target.mkdir(exist_ok=True)
+            for file in FILES:  # `load_dataset` notices interactions that do not belong to the items
+                (temporary / file).replace(target / file)
     except OSError as error:
         raise FosterError(
             f"{target} cannot be written ({error.strerror or error}). Free some space, or choose another folder "
             "with --out or FOSTER_DATA."
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
@@ -136,8 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         if downloaded:
             remember(source.paths)
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(summary(report, root / options.name))
     return 0
 

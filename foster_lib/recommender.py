@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.methods import get_method
+from foster_lib.paths import WRITE_ERRORS, unfinished
 from foster_lib.recipes import train_student
 from foster_lib.runs import Run, make_task
 from foster_lib.sasrec import ModelSettings, SASRec, build_model
@@ -136,7 +135,7 @@ class Recommender:
         """
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
         items = pd.DataFrame({"item_id": self.item_ids, "title": self.titles, "text": self.texts})
-        description = {"format": FORMAT, **self.about, "settings": as_dict(self.settings)}
+        description = {"format": FORMAT, "items": len(items), **self.about, "settings": as_dict(self.settings)}
 
         def fill(working: Path) -> None:
             save_file(state, working / FILES[0])
@@ -165,6 +164,15 @@ class Recommender:
         except (OSError, ValueError, pyarrow.ArrowException, safetensors.SafetensorError) as error:
             raise FosterError(f"{folder} is damaged ({error}). Train again, with --overwrite.") from error
         item_ids, titles, texts = (items[column].tolist() for column in items.columns)
+        if len(set(item_ids)) != about.pop("items", len(items)) or not all(
+            isinstance(text, str) for text in (*item_ids, *titles, *texts)
+        ):
+            raise FosterError(
+                f"{folder / FILES[1]} is not as it was written: an id, title or text is missing, twice or new. "
+                "Train again, with --overwrite."
+            )
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise FosterError(f"{folder / FILES[0]} holds numbers that are not finite. Train again, with --overwrite.")
         encoder = TextEncoder.load(settings.encoder.name, allow_download=settings.encoder.allow_download)
         catalogue = encoder.catalogue(texts, settings.encoder.tuned_layers, device)
         embeddings = catalogue().detach().clone()
@@ -241,7 +249,11 @@ def load_sequences(folder: Path) -> SyntheticSequences:
             f"{description} does not name the method ({error}), which says how {SEQUENCES} is to be read. "
             "Distil again, with --overwrite."
         ) from error
-    return get_method(method).form.load(path)
+    sequences = get_method(method).form.load(path)
+    shapes = {tensor.shape for tensor in (sequences.items, sequences.mask, sequences.targets)}
+    if len(shapes) > 1 or not all(tensor.isfinite().all() for tensor in sequences.tensors().values()):
+        raise FosterError(f"{path} is damaged (shapes that differ, or no finite numbers). Distil again.")
+    return sequences
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -300,25 +312,19 @@ def write_folder(
     """
     folder = Path(folder)
     check_target(folder, overwrite)
-    working = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        fill(working)
-        folder.mkdir(exist_ok=True)
-        written = {path.relative_to(working) for path in working.rglob("*") if path.is_file()}
-        (folder / last).unlink(missing_ok=True)
-        for stale in {Path(name) for name in owned} - written:
-            (folder / stale).unlink(missing_ok=True)
-        for name in sorted(written - {Path(last)}) + [Path(last)]:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (working / name).chmod(0o644)
-            (working / name).replace(folder / name)
-    except OSError as error:
-        raise FosterError(
-            f"{folder} cannot be written ({error.strerror or error}). Free some space or choose another --out."
-        ) from error
-    finally:
-        if working is not None:
-            shutil.rmtree(working, ignore_errors=True)
+        with unfinished(folder, folder=True) as working:
+            fill(working)
+            folder.mkdir(exist_ok=True)
+            written = {path.relative_to(working) for path in working.rglob("*") if path.is_file()}
+            (folder / last).unlink(missing_ok=True)
+            for stale in {Path(name) for name in owned} - written:
+                (folder / stale).unlink(missing_ok=True)
+            for name in sorted(written - {Path(last)}) + [Path(last)]:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (working / name).chmod(0o644)
+                (working / name).replace(folder / name)
+    except WRITE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FosterError(f"{folder} cannot be written ({reason}). Free some space or choose another --out.") from error
     return folder

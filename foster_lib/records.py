@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import torch
 
-from foster_lib.evaluation import Ranks
+from foster_lib.errors import FosterError
+from foster_lib.evaluation import METRICS, Ranks
 from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
 
 SCHEMA = 1
+NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
     *("datasets", "splits", "encoder", "sasrec", "batches", "subsets"),
     *("training", "synthetic", "task", "evaluation", "recipes"),
@@ -99,13 +104,43 @@ def manifest_path(profile: str, dataset: str, method: str, seed: str, key: str) 
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A finished run's manifest; None if it is absent, damaged, or of another schema."""
+    """A finished run's manifest; None if it is absent, or has a `defect`."""
+    try:
+        return _checked(path)
+    except (OSError, ValueError):
+        return None
+
+
+def defect(path: Path) -> str:
+    """Why the manifest at `path` cannot be used; "" if it can, or if there is none."""
+    try:
+        _checked(path)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """The manifest at `path`; OSError or ValueError says what is wrong with it or with the ranks beside it."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = manifest["schema"] == SCHEMA and path.with_suffix(".parquet").is_file()
-        return manifest if complete else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("it is damaged") from None
+    if schema != SCHEMA:
+        raise ValueError(f"its schema is {schema!r}, this version of the code reads {SCHEMA}")
+    if missing := [name for name in NEEDED if name not in manifest]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    figures = [manifest["test"].get(metric) for metric in METRICS]
+    if not all(isinstance(figure, float) and math.isfinite(figure) for figure in figures):
+        raise ValueError("a metric is missing or no number")
+    try:
+        pyarrow.parquet.read_metadata(path.with_suffix(".parquet"))
+    except (OSError, pyarrow.ArrowException):
+        raise ValueError("the ranks beside it are missing or damaged") from None
+    return manifest
 
 
 def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks) -> Path:
@@ -116,8 +151,18 @@ def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks) -> Path:
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Per-user test ranks beside a manifest."""
-    return Ranks.from_frame(pd.read_parquet(path.with_suffix(".parquet")))
+    """Per-user test ranks beside a manifest.
+
+    Raises
+    ------
+    FosterError
+        If the file is missing or damaged.
+    """
+    path = path.with_suffix(".parquet")
+    try:
+        return Ranks.from_frame(pd.read_parquet(path))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise FosterError(f"{path}: no readable ranks ({error}). Delete it, then its run is computed again.") from error
 
 
 def _git() -> dict[str, Any]:

@@ -11,20 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from foster_lib.config import PROFILES
-from foster_lib.errors import FosterError, check_known
+from foster_lib.errors import FosterError, check_known, complain
 from foster_lib.execution import resolve_device
-from foster_lib.paths import ROOT, results_dir, write_text
+from foster_lib.paths import ROOT, results_dir, shown, unfinished, write_text
 from foster_lib.records import environment
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -50,7 +50,7 @@ def plan(names: list[str], parameters: dict[str, Any]) -> dict[str, dict[str, An
         else:
             check_known(name, [*GROUPS, *(path.stem for path in NOTEBOOKS.glob("*.ipynb"))], "notebook")
             members = [name]
-        known = {member: papermill.inspect_notebook(str(NOTEBOOKS / f"{member}.ipynb")) for member in members}
+        known = {member: _parameters(member) for member in members}
         for parameter in parameters:
             check_known(parameter, set().union(*known.values()), f"parameter of notebook '{name}':")
         for member in members:
@@ -68,35 +68,35 @@ def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = No
     """
     check_known(name, [path.stem for path in NOTEBOOKS.glob("*.ipynb")], "notebook")
     source = NOTEBOOKS / f"{name}.ipynb"
-    known = papermill.inspect_notebook(str(source))
+    known = _parameters(name)
     for parameter in parameters:
         check_known(parameter, known, f"parameter of notebook '{name}':")
     parameters = {key: _typed(key, value, known[key]["inferred_type_name"]) for key, value in parameters.items()}
     output = output or results_dir() / "notebooks" / f"{name}.ipynb"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     start = time.time()
     try:
-        papermill.execute_notebook(
-            str(source), str(temporary), parameters, kernel_name="python3", progress_bar=False, log_output=True,
-            stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(ROOT),
-            extra_arguments=["--log-level=ERROR"],  # ipykernel warns about its local socket
-        )  # fmt: skip
-    except PapermillExecutionError as error:
-        temporary.replace(failed)
-        raise FosterError(
-            f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue} (the notebook so far: {failed})"
-        ) from error
+        with unfinished(output) as temporary:
+            try:
+                _execute(source, temporary, parameters)
+            except PapermillExecutionError as error:
+                temporary.replace(failed)
+                raise FosterError(
+                    f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue} "
+                    f"(the notebook so far: {failed})"
+                ) from error
+            temporary.chmod(0o644)
+            temporary.replace(output)
+        failed.unlink(missing_ok=True)
     except DeadKernelError as error:
         raise FosterError(
             f"notebook '{name}': Python died while it ran, most likely for lack of memory; try --jobs 1."
         ) from error
-    else:
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)  # only left there when interrupted
-    failed.unlink(missing_ok=True)
+    except OSError as error:
+        raise FosterError(
+            f"{output} cannot be written ({error.strerror or error}). Free some space, or choose another folder with "
+            "FOSTER_RESULTS."
+        ) from error
     manifest = {
         "notebook": name,
         "parameters": parameters,
@@ -105,6 +105,24 @@ def run_notebook(name: str, parameters: dict[str, Any], output: Path | None = No
     }
     write_text(output.with_suffix(".json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return output
+
+
+def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    papermill.execute_notebook(
+        str(source), str(target), parameters, kernel_name="python3", progress_bar=False, log_output=True,
+        stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(ROOT),
+        extra_arguments=["--log-level=ERROR"],  # ipykernel warns about its local socket
+    )  # fmt: skip
+
+
+def _parameters(name: str) -> dict[str, Any]:
+    """What a notebook says about its parameters."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    try:
+        return papermill.inspect_notebook(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as error:
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise FosterError(f"{shown(path)}: no readable notebook ({reason}). Restore it with `git checkout`.") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,8 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         planned = plan(names, parameters)
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     for name, own in planned.items():
         if left_out := parameters.keys() - own.keys():
             print(f"{name} knows no {', '.join(sorted(left_out))}: it runs without")
@@ -146,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             print(f"executed notebook: {run_notebook(name, own)}", flush=True)
         except FosterError as error:  # the others may succeed
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(error)
             failed.append(name)
     if failed and len(planned) > 1:
         print(f"error: {len(failed)} of {len(planned)} notebooks failed: {', '.join(failed)}", file=sys.stderr)

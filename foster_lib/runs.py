@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from foster_lib.config import EncoderSettings, Profile, Settings
 from foster_lib.coresets import with_labels
 from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
+from foster_lib.errors import FosterError
 from foster_lib.evaluation import Scorer, rank_queries, recommender_scorer
 from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import cache_dir, results_dir
@@ -121,6 +123,17 @@ class Run:
         """The manifest, if this run is finished."""
         return read_manifest(self.path)
 
+    def stale(self) -> dict[str, Any] | None:
+        """The newest manifest of the same settings and data that another version of the code has left."""
+        described = json.loads(json.dumps({"student_number": 0, **self.description()}))
+        found = []
+        for path in self.path.parent.glob(f"{self.method}-seed{self.seed}-*.json"):
+            manifest = read_manifest(path) or {}
+            same = all({"student_number": 0, **manifest}.get(name) == value for name, value in described.items())
+            if same and manifest["data"]["sha256"] == load_once(self.settings.dataset).sha256:
+                found += [manifest] if manifest["code"] != self.code else []
+        return max(found, key=lambda manifest: manifest["created"], default=None)
+
 
 def plan(
     profile: Profile, datasets: list[str], methods: list[str], seeds: list[int], split: str | None = None
@@ -130,7 +143,10 @@ def plan(
     `methods` may be ["all"]. Names that do not exist, and splits that a data set does not allow,
     end here.
     """
-    methods = list(METHODS) if methods == ["all"] else methods
+    methods = list(METHODS) if methods == ["all"] else list(dict.fromkeys(methods))
+    datasets, seeds = list(dict.fromkeys(datasets)), list(dict.fromkeys(seeds))
+    if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise FosterError(f"seeds are {seeds}: they must be whole numbers that are not negative.")
     settings = {name: profile.settings(name, split) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
@@ -156,6 +172,8 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     if not run.student:  # further students find the sequences made
         outcome, seconds["distillation"] = apply_method(run, task, label if progress else "")
         if method.condenses:
+            if not all(tensor.isfinite().all() for tensor in outcome.stored().tensors().values()):
+                raise FosterError(f"{label}: distillation has diverged, S is not finite. Lower the learning rates.")
             outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
     if method.condenses:
         # The student reads what is on disk, rounding included: the file is the result.
@@ -210,7 +228,7 @@ def train_full_run(run: Run, device: str, progress: bool, fresh: bool = True) ->
     """
     label, folder = f"{run.settings.dataset} full data seed {run.seed}", trajectory_folder(run)
     task = make_task(run, device)
-    if not fresh and (folder / "best.safetensors").is_file():
+    if not fresh and trained(run):
         return f"{label}: trained by another process meanwhile"
     _, log = train_full(task, run.settings.full, run.seed, folder, label if progress else "")
     return f"{label}: trained {len(log.losses)} epochs in {log.seconds:.0f} s"
@@ -219,6 +237,19 @@ def train_full_run(run: Run, device: str, progress: bool, fresh: bool = True) ->
 def trajectory_folder(run: Run) -> Path:
     """Cache folder of the full-data run that `run` reads its teacher and checkpoints from."""
     return cache_dir() / "trajectories" / replace(run, method="full").key
+
+
+def trained(run: Run) -> bool:
+    """Whether the trajectory that `run` reads is there, each file of it whole."""
+    folder = trajectory_folder(run)
+    try:
+        json.loads((folder / "log.json").read_text(encoding="utf-8"))["seconds"]
+        for path in (folder / "best.safetensors", *folder.glob("epoch-*.safetensors")):
+            with safetensors.safe_open(path, "pt"):  # compares the length of the file with its header
+                pass
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return False
+    return True
 
 
 def make_task(run: Run, device: str = "cpu") -> Task:
@@ -232,9 +263,9 @@ def make_task(run: Run, device: str = "cpu") -> Task:
         validation=split.validation,
         catalogue=load_catalogue(settings.dataset, settings.encoder, device),
         model_settings=settings.model,
+        synthetic_length=settings.sequence_length,
         trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
         device=device,
-        synthetic_length=settings.sequence_length,
     )
 
 

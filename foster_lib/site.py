@@ -11,7 +11,6 @@ import io
 import json
 import re
 import sys
-import tempfile
 import warnings
 from base64 import b64decode
 from pathlib import Path
@@ -25,14 +24,20 @@ from nbconvert.filters import Highlight2HTML
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
-from foster_lib.errors import FosterError
-from foster_lib.paths import ROOT, results_dir, shown
+from foster_lib.errors import FosterError, complain
+from foster_lib.paths import ROOT, results_dir, shown, unfinished
 from foster_lib.site_template import TEMPLATES, style_sheet
 from foster_lib.site_template.text import Renderer, to_html
 
 GENERATOR = "foster_lib.site"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HEADING = re.compile(r"^#+ .*", re.M)
+SHOWN = {
+    **{"table1": "table1_datasets", "table2": "table2", "efficiency": "table3_efficiency"},
+    **{"ablation": "table4_ablation", "table5": "table5_transfer", "budget": "fig_budget", "length": "fig_budget"},
+    **{name: f"fig_{name}" for name in ("subset", "reset", "regulariser", "scaling", "sequences")},
+}
+"""Results that the index shows as far as they are there, in this order, and the notebook that each comes from."""
 
 
 class Site:
@@ -49,7 +54,7 @@ class Site:
             raise FosterError(f"{root / 'notebooks'}: no notebooks. Restore them with `git checkout notebooks`.")
         order = ("quickstart", "learn", "table")  # the tour, the lessons, the tables; then what is left
         self.names = sorted(names, key=lambda name: (*(not name.startswith(part) for part in order), name))
-        self.tables = sorted(results.glob("table*/table*.md"))
+        self.tables = [path for name in SHOWN for path in sorted(results.glob(f"{name}*/{name}.md"))]
         self.links = {f"notebooks/{name}.ipynb": f"{name}.html" for name in self.names}
         for path in self.tables:
             self.links[f"results/{path.relative_to(results).as_posix()}"] = f"index.html#{path.parent.name}"
@@ -143,7 +148,9 @@ class Site:
             found = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
             if not found:
                 raise FosterError(f"{place}: no section '## {name}', which the site shows. Write it.")
-            sections.append({"id": name.lower(), "title": name, "html": self.html(found[1], place), "pictures": []})
+            sections.append(
+                {"id": name.lower(), "title": name, "html": self.html(found[1], place), "pictures": [], "notebook": ""}
+            )
         sections += [self._table(path) for path in self.tables]
         title = self.plain(title[0], place) if title else self.root.name
         self._page("index.html.j2", "index.html", title, pages=pages, sections=sections, intro=self.html(intro, place))
@@ -152,13 +159,15 @@ class Site:
         first, _, text = path.read_text(encoding="utf-8").partition("\n")
         title, pictures = self.plain(first, shown(path)), []
         for file in sorted(path.parent.rglob("*.png")):
-            name, alt = "-".join(file.relative_to(self.results).parts), f"{title}: the table as a figure ({file.stem})"
+            name, alt = "-".join(file.relative_to(self.results).parts), f"{title} ({file.stem})"
             pictures.append(self.picture(name, file.read_bytes(), alt, shown(file)))
+        notebook = SHOWN[path.stem]
         return {
             "id": path.parent.name,
             "title": title,
             "html": self.html(text, shown(path), shift=1),
             "pictures": pictures,
+            "notebook": f"{notebook}.html" if notebook in self.names else "",
         }
 
     def _page(self, template: str, name: str, title: str, **values: Any) -> None:
@@ -212,9 +221,8 @@ def write_site(out: Path, root: Path = ROOT, results: Path | None = None) -> lis
         raise FosterError(f"{out}: holds something else than a site of this project. Name another folder with --out.")
     try:
         files = Site(root, results or results_dir()).build()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
+        with unfinished(out, folder=True) as temporary:
+            new, old = temporary / "new", temporary / "old"
             for name, content in files.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -239,8 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         pages = write_site(out)
     except FosterError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"site: {len(pages)} pages; open {out / 'index.html'} in a browser")
     return 0
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from foster_lib.datasets import EMBEDDED, Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
-from foster_lib.errors import FosterError
+from foster_lib.errors import FosterError, complain
 from foster_lib.paths import results_dir, shown, write_atomically, write_text
 from foster_lib.splits import knows_time, make_split
 from foster_lib.tables import latex_table
@@ -135,8 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = results_dir() / ("table1" if options.split == "leave-one-out" else f"table1-{options.split}")
         path = write_table1(table, folder, limit=encoder.max_tokens, split=options.split)
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(path.read_text(encoding="utf-8"))
     print(f"written: {shown(path)}, .csv, .tex")
     return 0

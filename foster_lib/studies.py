@@ -6,29 +6,29 @@ FOSTER as the profile has it is never computed twice, and a study that was broke
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import yaml
 
 from foster_lib.config import SECTIONS, Profile, Settings, build
-from foster_lib.errors import check_known
+from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
 from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import write_atomically, write_text
 from foster_lib.runs import Run, make_task, plan
-from foster_lib.study_tables import BASE, COSTS, readable_table, study_figure
-from foster_lib.tables import latex_table, table2_folder, undated
+from foster_lib.study_tables import BASE, COSTS, readable_table, save_figure, study_figure
+from foster_lib.tables import latex_table, table2_folder
 
 SPACE = Path(__file__).parent / "studies.yaml"
+STALE = " (stale)"
 REFERENCES = ("full", "untrained")
 HEAD, TAIL = 0.1, 0.5  # shares of the catalogue that count as popular and as rare, by interactions in training
 KEYS = ["dataset", "split", "profile", "study", "sweep", "variant", "method", "value", "as_profile", "metric"]
@@ -58,10 +58,14 @@ class Study:
     variants: list[Variant]
     laid_over: dict[str, Any]
 
-    def runs(self, profile: Profile, datasets: list[str], seeds: list[int], split: str | None = None) -> Planned:
-        """All variants with their runs."""
-        planned = []
+    def runs(
+        self, profile: Profile, datasets: list[str], seeds: list[int], split: str | None = None, methods: str = ""
+    ) -> Planned:
+        """All variants with their runs; those that are no references only of `chosen_methods`."""
+        planned, wanted = [], chosen_methods(methods, (v.method for v in self.variants if v.sweep != "reference"))
         for variant in self.variants:
+            if variant.sweep != "reference" and variant.method not in wanted:
+                continue
             for run in plan(profile, datasets, [variant.method], seeds, split):
                 settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
                 planned.append((variant, replace(run, settings=settings)))
@@ -98,6 +102,33 @@ def load_study(name: str, profile: Profile) -> Study:
     return Study(name, spec, found, space["smoke"] if smoke else {})
 
 
+def smoke_settings(settings: Settings, profile: Profile) -> Settings:
+    """`settings`, in the profile `smoke` as small as all studies have them there."""
+    small = yaml.safe_load(SPACE.read_text(encoding="utf-8"))["smoke"] if profile.name == "smoke" else {}
+    return changed(settings, "", small)
+
+
+def chosen_seeds(seeds: str | int, profile: Profile) -> list[int]:
+    """The seeds of a notebook's parameter, numbers separated by spaces; empty: the profile's."""
+    try:
+        return list(dict.fromkeys(int(seed) for seed in str(seeds).split())) or profile.seeds
+    except ValueError:
+        raise FosterError(f"seeds are whole numbers separated by spaces, not '{seeds}'.") from None
+
+
+def chosen_methods(methods: str, known: Iterable[str]) -> list[str]:
+    """Those of a notebook's parameter that are among `known`; empty or all: all of `known`.
+
+    A notebook that comes with others, and shows few rows of Table 2, ignores the other names; where none of its own
+    is named it shows all. A name that no row has is an error.
+    """
+    known, named = list(dict.fromkeys(known)), methods.split()
+    for method in named:
+        if method != "all":
+            get_method(method)
+    return [method for method in known if method in named] or known
+
+
 def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings:
     """`settings` with `change` laid over them.
 
@@ -118,6 +149,9 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             if isinstance(value, dict):
                 before = getattr(settings, section)
                 value = build(type(before), {**asdict(before), **value}, f"{section} of a study")
+            if section == "model":  # a synthetic sequence keeps its number of windows
+                windows = settings.sequence_length // settings.model.length
+                settings = replace(settings, sequence_length=windows * value.length)
             settings = replace(settings, **{section: value})
     return settings
 
@@ -128,16 +162,17 @@ def run_study(study: Study, planned: Planned, **options) -> tuple[Planned, pd.Da
     """
     if study.spec["run"]:
         execute({run.path: run for _, run in planned}.values(), **options)  # each once, however many variants name it
-    planned = [(variant, run) for variant, run in planned if run.manifest()]
+    planned = [(variant, run) for variant, run in planned if run.manifest() or run.stale()]
     return planned, study_table(study, planned)
 
 
 def study_table(study: Study, planned: Planned) -> pd.DataFrame:
     """One row per variant and metric, `COLUMNS`: mean and standard deviation over seeds, of which each counts as the
     mean of its students. Metrics are those of the ranking, costs, and `target_figures` if the study asks for them.
-    `as_profile` marks FOSTER as the profile has it; ratio and gain are those of `tables.long_table`.
+    Runs that only another version of the code has made are marked `STALE`. `as_profile` marks FOSTER as the profile has
+    it; ratio and gain are those of `tables.long_table`.
     """
-    manifests = {run.path: run.manifest() for _, run in planned}
+    manifests = {run.path: run.manifest() or run.stale() for _, run in planned}
     plain = [run for variant, run in planned if variant.sweep == "reference"]
     base = {run.path for run in plain if run.method == BASE}
     full = {(run.settings.dataset, run.seed): manifests[run.path] for run in plain if run.method == "full"}
@@ -155,7 +190,8 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
         costs = dict(zip(COSTS, (distil, train, teacher + distil + train, manifest["peak_memory_mib"], size)))
         costs |= {"distil_seconds": np.nan, "total_seconds": np.nan} if run.student else {}
         shared = {key: manifest[key] for key in ("dataset", "split", "profile", "method")} | {"seed": run.seed}
-        shared |= {"study": study.name, "sweep": variant.sweep, "variant": variant.name, "value": variant.value}
+        shared |= {"study": study.name, "sweep": variant.sweep, "value": variant.value}
+        shared["variant"] = variant.name + STALE * (manifest["code"] != run.code)
         figures = manifest["test"] | costs | (target_figures(run) if study.spec["targets"] else {})
         shared |= costs | {"as_profile": run.path in base}
         records += [{**shared, "metric": metric, "figure": figure} for metric, figure in figures.items()]
@@ -212,12 +248,10 @@ def write_study(study: Study, planned: Planned, table: pd.DataFrame, folder: Pat
         latex += [f"% {title}", latex_table(readable).replace("†", r"$\dagger$"), ""]
     hardware = sorted({f"{m['hardware']} ({m['device']})" for _, run in planned if (m := run.manifest())})
     write_text(folder / f"{study.name}.tex", "\n".join(latex))
-    figure = study_figure(study.spec, table)
-    for suffix in ("png", "pdf"):
-        save = functools.partial(figure.savefig, dpi=160, metadata=undated(suffix))
-        write_atomically(folder / f"{study.name}.{suffix}", save)
-    plt.close(figure)
+    save_figure(study_figure(study.spec, table), folder / study.name)
     notes = " ".join(note for word, note in study.spec["notes"].items() if word in head)
+    if table["variant"].str.endswith(STALE).any():
+        notes = f"*{STALE.strip(' ()')}*: made by another version of the code. {notes}"
     markdown += [notes, "", f"Hardware: {'; '.join(hardware)}.", ""]
     return write_text(folder / f"{study.name}.md", "\n".join(markdown))
 

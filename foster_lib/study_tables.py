@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,9 +13,10 @@ import pandas as pd
 
 from foster_lib.evaluation import paired_bootstrap
 from foster_lib.methods import get_method
+from foster_lib.paths import write_atomically
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
-from foster_lib.tables import use_style
+from foster_lib.tables import undated, use_style
 
 BASE = "foster"
 COSTS = ["distil_seconds", "train_seconds", "total_seconds", "peak_memory_mib", "bytes"]
@@ -41,15 +44,15 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
         for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"]]):
             if metric not in COSTS:
                 cell = own.reindex([metric]).iloc[0]
-                row[spec["labels"][metric]] = _number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])
+                row[spec["labels"][metric]] = number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])
         first = own.loc["ndcg@10"]
-        row |= {"NDCG@10 / full": _number(first["ratio_to_full"], 3), "gain": _number(first["recovered_gain"], 2)}
+        row |= {"NDCG@10 / full": number(first["ratio_to_full"], 3), "gain": number(first["recovered_gain"], 2)}
         if ranks:
             test = paired_bootstrap(*(np.mean(ranks[of], axis=0) for of in (get_method(BASE).title, name)))
             interval = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
             row["FOSTER minus it, 95 %"] = "" if as_profile else interval + "*" * (test["low"] > 0 or test["high"] < 0)
         costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
-        rows.append(row | {title: _number(value, 0) for title, value in costs})
+        rows.append(row | {title: number(value, 0) for title, value in costs})
     return pd.DataFrame(rows)
 
 
@@ -68,6 +71,14 @@ def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
     if sweeps:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write `path`.png and .pdf, and close the figure; equal figures are equal files."""
+    for suffix in ("png", "pdf"):
+        save = functools.partial(figure.savefig, dpi=160, metadata=undated(suffix))
+        write_atomically(path.with_name(f"{path.name}.{suffix}"), save)
+    plt.close(figure)
 
 
 def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
@@ -103,6 +114,7 @@ def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
         axis.set_xscale("log")
 
 
-def _number(value: float, digits: int, spread: float = np.nan) -> str:
+def number(value: float, digits: int, spread: float = np.nan) -> str:
+    """`value ± spread` with so many digits; a dash for what is not a number."""
     both = [f"{each:.{digits}f}" for each in (value, spread) if not pd.isna(each)]
     return " ± ".join(both) or "–"

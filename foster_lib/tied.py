@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import Subset, SyntheticBatch, subset_inputs
@@ -39,6 +40,11 @@ class TiedSequences(SyntheticSequences):
     end_bonus: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if any(tensor is None for tensor in (self.queries, self.bonus, self.end_queries, self.end_bonus)):
+            raise FosterError(
+                "these sequences are not tied: nothing stands behind their last position. "
+                "Read them with the method that made them, or distil them with foster-tied."
+            )
         object.__setattr__(self, "labels", self.next_of(self.queries, self.end_queries))
 
     def next_of(self, values: Tensor, end: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from foster_lib.config import Profile, load_profile
-from foster_lib.errors import FosterError, check_known
+from foster_lib.errors import FosterError, check_known, complain
 from foster_lib.evaluation import rank_queries
 from foster_lib.execution import Call, parallel, resolve_device
 from foster_lib.methods import base_name, get_method
@@ -88,7 +88,7 @@ def trials(dataset: str, method: str) -> list[Trial]:
 def search(dataset: str, method: str, jobs: int, device: str) -> pd.DataFrame:
     """Run all trials that are not finished; the table of all of them, best first."""
     space = trials(dataset, method)
-    pending = [trial for trial in space if not trial.path.is_file()]
+    pending = [trial for trial in space if _recorded(trial) is None]
     for trial in pending[:1]:
         load_catalogue(dataset, trial.run.settings.encoder, device)  # embed once, before fanning out
     teacher = None
@@ -97,7 +97,7 @@ def search(dataset: str, method: str, jobs: int, device: str) -> pd.DataFrame:
         teacher = Call(_train_teacher, pending[0])
     calls = [Call(_try_full if method == "full" else _try_method, trial, after=teacher) for trial in pending]
     parallel([teacher] * bool(teacher) + calls, jobs=jobs, device=device, label=f"tuning {method} on {dataset}")
-    table = pd.json_normalize([json.loads(trial.path.read_text(encoding="utf-8")) for trial in space])
+    table = pd.json_normalize([_recorded(trial) for trial in space])
     table = table[[column for column in table if not column.startswith(("packages", "git", "python", "created"))]]
     table = table.sort_values("validation_ndcg@10", ascending=False, kind="stable")
     path = results_dir() / "tuning" / f"{dataset}-{method}.csv"
@@ -165,6 +165,15 @@ def _record(trial: Trial, figures: dict[str, Any], device: str) -> str:
     return f"{what}: validation NDCG@10 {figures['validation_ndcg@10']:.4f}"
 
 
+def _recorded(trial: Trial) -> dict[str, Any] | None:
+    """What a finished trial has recorded; None if there is nothing, or it is damaged."""
+    try:
+        result = json.loads(trial.path.read_text(encoding="utf-8"))
+        return result if "validation_ndcg@10" in result else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m foster_lib.tune", description=__doc__.split("\n\n")[0])
@@ -178,8 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             for method in options.methods.split():
                 print(search(dataset, method, options.jobs, resolve_device(options.device)).to_string(index=False))
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

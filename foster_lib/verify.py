@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from foster_lib.config import load_profile
-from foster_lib.errors import FosterError, check_known
+from foster_lib.errors import FosterError, check_known, complain
 from foster_lib.evaluation import METRICS, rank_queries, recommender_scorer
 from foster_lib.execution import Call, parallel, resolve_device
 from foster_lib.methods import METHODS, get_method
@@ -160,8 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
                 total += 1
                 bad += not (isinstance(claim, Claim) and claim.held)
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"{total - bad} of {total} held" + ("" if not bad else f", {bad} not"))
     return bool(bad)
 

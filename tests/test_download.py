@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import http.server
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.cut: int | None = None
+        self.pause = 0.0  # after each 4 KiB
         self.log: list[tuple[str, str | None, int]] = []
         self.address = f"http://127.0.0.1:{self.server_address[1]}/"
 
@@ -50,7 +53,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: self.server.cut])
+        body = body[: self.server.cut]
+        with suppress(ConnectionError):  # whoever asked may have been killed
+            for start in range(0, len(body), 4096):
+                self.wfile.write(body[start : start + 4096])
+                time.sleep(self.server.pause)
         self.close_connection = True
 
     def log_message(self, *arguments):

@@ -85,8 +85,11 @@ def test_the_notebooks_of_this_project_take_what_make_passes_on():
     given = {"datasets": "ml-100k", "methods": "full", "seeds": "0", "split": "temporal", "jobs": 1, "device": "cpu"}
     everything = plan(["all"], {"profile": "smoke", "fresh": True, **given})
     assert all(own["profile"] == "smoke" for own in everything.values())
-    assert list(everything)[:4] == ["table1_datasets", "table2", "table3_efficiency", "table4_ablation"]
-    assert list(everything)[4:] == list(plan(["figures"], {})) and len(everything) == 9
-    assert given.items() <= everything["table2"].items()
+    tables = ["table1_datasets", "table2", "table3_efficiency", "table4_ablation", "table5_transfer"]
+    assert list(everything)[:5] == tables and list(everything)[5:] == list(plan(["figures"], {}))
+    assert len(everything) == 11
+    for name, own in everything.items():
+        missing = given.keys() - own.keys()
+        assert not missing or name in ("table1_datasets", "fig_scaling", "fig_sequences"), (name, missing)
     with pytest.raises(FosterError, match="'methods'"):
-        plan(["table3_efficiency"], {"methods": "full"})
+        plan(["table1_datasets"], {"methods": "full"})

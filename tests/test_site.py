@@ -194,6 +194,20 @@ def test_index_shows_readme_tables_figures_and_notebooks(project):
     assert {link["href"] for link in index.find(id="results").find_all("a")} == {"index.html#table2", "quickstart.html"}
 
 
+def test_tables_and_figures_come_in_order_and_name_their_notebook(project):
+    for name in ("ablation", "table2-temporal", "other", "sequences"):
+        (project / "results" / name).mkdir()
+        stem = name.partition("-")[0]
+        (project / f"results/{name}/{stem}.md").write_text(f"# About {name}\n\nText.\n")
+        (project / f"results/{name}/{stem}.png").write_bytes(png())
+    index = assert_sound(make(project))["index.html"]
+    sections = [section["id"] for section in index.find_all("section")]
+    assert sections == ["results", "claims", "table2", "table2-temporal", "ablation", "sequences"]
+    assert index.find(id="ablation").figcaption.string == "About ablation (ablation)"
+    assert index.find(id="table2-temporal").find(class_="note").a["href"] == "table2.html"
+    assert not index.find(id="ablation").find(class_="note")  # its notebook is not there
+
+
 def test_hostile_titles_and_texts_are_shown_not_obeyed(project):
     pages = assert_sound(make(project))
     for part in (pages["quickstart.html"].h1, pages["quickstart.html"].title, pages["learn_1.html"].nav):

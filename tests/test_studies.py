@@ -16,7 +16,17 @@ from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
 from foster_lib.foster import FosterSettings
 from foster_lib.runs import load_once, make_task, plan
-from foster_lib.studies import COLUMNS, changed, load_study, run_study, study_folder, study_table, write_study
+from foster_lib.studies import (
+    COLUMNS,
+    changed,
+    chosen_methods,
+    chosen_seeds,
+    load_study,
+    run_study,
+    study_folder,
+    study_table,
+    write_study,
+)
 from foster_lib.synthetic import SyntheticSequences
 
 FOSTER = {"iterations": 1, "subset": 16, "windows": 4, "pool": 1}
@@ -117,6 +127,38 @@ def test_a_change_makes_another_key_and_a_default_does_not(space, profile):
     assert len(set(different)) == len(different)
     assert key("full", sequences=5) == key("full") and key("full", model={"length": 5}) != key("full")
     assert base.settings.methods == {"foster": FOSTER}  # nothing was changed in place
+
+
+def test_a_sequence_keeps_its_number_of_windows(space, profile):
+    """Where the model reads fewer items at a time, a synthetic sequence gets shorter too."""
+    settings = replace(plan(profile, ["toy"], ["foster"], [0])[0].settings, sequence_length=12)
+    assert changed(settings, "foster", {"model": {"length": 3}}).sequence_length == 6
+    assert changed(settings, "foster", {"model": {"width": 8}}).sequence_length == 12
+
+
+def test_methods_choose_the_lines_of_a_study(space, profile):
+    """Names of other rows are left aside, all and none stand for all lines, a name that no row has is an error."""
+    study = load_study("sizes", profile)
+
+    def lines(methods):
+        planned = study.runs(profile, ["toy"], [0], None, methods)
+        assert {"full", "untrained", "foster"} <= {
+            run.method for variant, run in planned if variant.sweep == "reference"
+        }
+        return {run.method for variant, run in planned if variant.sweep != "reference"}
+
+    assert lines("") == lines("all") == lines("random+labels") == lines("foster kd") == {"foster"}
+    assert chosen_methods("kd random+labels", ["foster", "kd", "random", "kd"]) == ["kd"]
+    assert chosen_methods("all", ["foster", "kd", "kd"]) == ["foster", "kd"]
+    with pytest.raises(FosterError, match="unknown method 'fosterr'"):
+        lines("fosterr")
+    assert (
+        chosen_seeds("", profile) == [0, 1]
+        and chosen_seeds("3 3 1", profile) == [3, 1]
+        and chosen_seeds(2, profile) == [2]
+    )
+    with pytest.raises(FosterError, match="whole numbers"):
+        chosen_seeds("one", profile)
 
 
 def test_the_smoke_profile_has_values_of_its_own(space, profile):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings
 from foster_lib.penalty import gap_gradient
 from foster_lib.selection import cluster_medoids
@@ -65,6 +66,12 @@ def test_saved_and_loaded_without_the_labels(task, learned, tmp_path):
     torch.testing.assert_close(
         again.target_probabilities(task.embeddings), learned.target_probabilities(task.embeddings), atol=5e-3, rtol=0
     )
+
+
+def test_sequences_of_another_method_are_no_tied_ones(task, tmp_path):
+    cluster_medoids(task, 2, 0).save(tmp_path / "plain")
+    with pytest.raises(FosterError, match="not tied.*foster-tied"):
+        TiedSequences.load(tmp_path / "plain")
 
 
 def test_a_batch_over_all_items_is_the_full_computation(task, learned):

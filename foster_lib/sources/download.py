@@ -7,12 +7,15 @@ download is trusted: `remember` writes its sha256 beside it (`SHA256SUMS`, reada
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-import pooch
 import requests
 import urllib3
 from tqdm.auto import tqdm
@@ -43,6 +46,8 @@ PAGES = {
 """Names of the categories, terms of use and papers to cite."""
 
 ATTEMPTS = 3
+PIECE = 1 << 16
+"""Bytes that are kept at once: what is lost at most when the process is killed."""
 TIMEOUT = (15, 60)
 """Seconds to connect, and between two pieces of data."""
 
@@ -94,30 +99,30 @@ def remember(paths: Iterable[Path]) -> None:
 
 
 def _fetch(address: str, folder: Path, page: str, by_hand: str, progress: bool) -> None:
-    name = address.rpartition("/")[2]
-    known = _recorded(folder).get(name)
-    pooch.get_logger().setLevel("WARNING")  # it would repeat what the bar says
+    path = folder / address.rpartition("/")[2]
+    known = _recorded(folder).get(path.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # pooch leaves a file alone that is there and has the right sha256, checks a new one and
-        # moves it into place; resuming is ours, pooch begins anew after every interruption.
-        pooch.retrieve(address, known, name, folder, downloader=_resuming(folder / f"{name}.part", progress))
+        if not _is_there(path, known) and not _completed(address, path, known, progress):
+            raise FosterError(
+                f"{address} is not the file recorded in {folder / 'SHA256SUMS'}: it changed, or arrived damaged. "
+                f"If you trust the new one, delete its line there. {by_hand}"
+            )
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 404:
             raise FosterError(f"{address} does not exist: the names of the categories are at {page}.") from error
         reason = f"status {status}" if status else type(error).__name__
         raise FosterError(f"{address} cannot be fetched ({reason}); a part that came is kept. {by_hand}") from error
-    except ValueError as error:  # pooch's word for a wrong hash
-        raise FosterError(
-            f"{address} is not the file recorded in {folder / 'SHA256SUMS'}: it changed, or arrived damaged. "
-            f"If you trust the new one, delete its line there. {by_hand}"
-        ) from error
     except OSError as error:
         raise FosterError(
-            f"{folder / name} cannot be written ({error.strerror or error}). Free some space, or choose another "
+            f"{path} cannot be written ({error.strerror or error}). Free some space, or choose another "
             "folder with --downloads."
         ) from error
+
+
+def _is_there(path: Path, known: str | None) -> bool:
+    return path.is_file() and (known is None or sha256_file(path) == known)
 
 
 def _recorded(folder: Path) -> dict[str, str]:
@@ -126,27 +131,49 @@ def _recorded(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
 
 
-def _resuming(part: Path, progress: bool) -> Callable[..., None]:
-    """A downloader for pooch that goes on where `part` ends, after a broken connection within a run too."""
+def _completed(address: str, path: Path, known: str | None, progress: bool) -> bool:
+    """Go on where `path`.part ends, after a broken connection too; False if the file is not the known one."""
+    part = path.with_name(path.name + ".part")
+    with _alone(part) as file:
+        try:
+            if _is_there(path, known):  # by another process, while this one waited for it
+                return True
+            for attempt in range(ATTEMPTS):
+                try:
+                    _transfer(address, file, part, progress)
+                    break
+                except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError):
+                    if attempt == ATTEMPTS - 1:
+                        raise
+            right = known is None or sha256_file(part) == known
+            if right:
+                part.replace(path)
+            else:
+                file.truncate(0)
+            return right
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+            if not part.exists():
+                _tag(part).unlink(missing_ok=True)
 
-    def download(address: str, output_file: str, _pooch: object = None) -> None:
-        for attempt in range(ATTEMPTS):
-            try:
-                _transfer(address, part, progress)
-                break
-            except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError):
-                if attempt == ATTEMPTS - 1:
-                    raise
-        part.replace(output_file)
-        _tag(part).unlink(missing_ok=True)
 
-    return download
+@contextmanager
+def _alone(part: Path) -> Iterator[BinaryIO]:
+    """`part`, opened for appending, when no other process is at it: two of them would mix their pieces."""
+    while True:
+        with open(part, "ab") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):  # else it was moved meanwhile
+                yield file
+                return
 
 
-def _transfer(address: str, part: Path, progress: bool) -> None:
-    """Complete `part`. What is there is kept only if the server says that the file is still the same."""
+def _transfer(address: str, file: BinaryIO, part: Path, progress: bool) -> None:
+    """Complete `part`, open as `file`. What is there is kept only if the server says that it is still the same file."""
     tag = _tag(part).read_text() if _tag(part).is_file() else ""
-    have = part.stat().st_size if part.is_file() and tag else 0
+    have = part.stat().st_size if tag else 0
     headers = {"Accept-Encoding": "identity"}  # these files are packed already
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
@@ -154,26 +181,23 @@ def _transfer(address: str, part: Path, progress: bool) -> None:
         if response.status_code == 416:  # nothing is left to send: the part is whole, or longer than the file
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return
-            part.unlink()
+            file.truncate(0)
             raise requests.ConnectionError("the part on disk does not fit the file")
         response.raise_for_status()
         resumed = response.status_code == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
+            file.truncate(0)
             raise requests.ConnectionError("the server sent another range")
         if not resumed:
-            part.unlink(missing_ok=True)  # before the new tag is written: it belongs to another version
+            file.truncate(0)  # before the new tag is written: it belongs to another version
         _tag(part).write_text(_validator(response.headers))
         total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
-        label = part.name.removesuffix(".part")
-        with (
-            open(part, "ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=have if resumed else 0, desc=label, unit="B", unit_scale=True,
-                 disable=not progress) as bar,
-        ):  # fmt: skip
+        label, initial = part.name.removesuffix(".part"), have if resumed else 0
+        with tqdm(total=total, initial=initial, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
             # The raw stream: requests would unpack a file that the server declares as gzip-encoded.
-            for piece in response.raw.stream(1 << 20, decode_content=False):
+            for piece in response.raw.stream(PIECE, decode_content=False):
                 file.write(piece)
+                file.flush()  # what has come is kept, whatever happens next
                 bar.update(len(piece))
 
 

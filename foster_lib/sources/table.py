@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 
 from foster_lib.errors import FosterError, check_known
 from foster_lib.sources.base import Interaction, Source, identifier, whole_number
-from foster_lib.sources.reading import SourceFile, rows
+from foster_lib.sources.reading import LINE_LIMIT, SourceFile, rows
 
 INTERACTION_COLUMNS = {"user": "user_id", "item": "item_id", "time": "timestamp"}
 ITEM_COLUMNS = {
@@ -127,10 +129,38 @@ def _chunks(
 
 
 def _csv(path: Path, counts: Counter) -> Iterator[pd.DataFrame]:
-    separator = "\t" if ".tsv" in path.name.lower() else ","
-    for chunk in pd.read_csv(path, sep=separator, chunksize=CHUNK, dtype=str, keep_default_na=False, na_values=[""]):
-        counts["lines"] += len(chunk)
-        yield chunk
+    separator, opener = (
+        ("\t" if ".tsv" in path.name.lower() else ","),
+        gzip.open if path.name.lower().endswith(".gz") else open,
+    )
+    with opener(path, "rb") as stream, io.BufferedReader(_ShortLines(stream, path)) as file:
+        for chunk in pd.read_csv(
+            file, sep=separator, chunksize=CHUNK, dtype=str, keep_default_na=False, na_values=[""]
+        ):
+            counts["lines"] += len(chunk)
+            yield chunk
+
+
+class _ShortLines(io.RawIOBase):
+    """A stream that ends in an error before a line without end has filled the memory."""
+
+    def __init__(self, stream: BinaryIO, path: Path):
+        self.stream, self.path, self.length = stream, path, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        end = piece.rfind(b"\n")
+        self.length = self.length + len(piece) if end < 0 else len(piece) - end - 1
+        if self.length > LINE_LIMIT:
+            raise FosterError(
+                f"{self.path}: a line is longer than {LINE_LIMIT >> 20} MiB. Check that it is the right file, and its "
+                "line ends."
+            )
+        return len(piece)
 
 
 def _parquet(path: Path, counts: Counter) -> Iterator[pd.DataFrame]:
