@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from foster_lib.errors import FosterError
 from foster_lib.lsa import LsaEncoder
 
-TEXTS = ["red apple pie", "green apple pie", "steel hammer", "iron hammer and steel", "red apple pie", "x y"]
+TEXTS = ["red apple pie", "green apple pie", "steel hammer", "iron hammer and steel", "red apple pie", "pie pie x"]
 
 
 def test_texts_that_share_words_are_near(dataset):

@@ -88,11 +88,11 @@ def test_students_are_trained_on_the_stored_sequences(place):
 
 @pytest.mark.parametrize(("column", "shift"), [("mean", 0.0002), ("std", 0.0002), ("std", float("nan"))])
 def test_a_figure_that_was_tampered_with_is_not_held(place, capsys, column, shift):
-    change_table("method == 'random' and metric == 'recall@20'", column, lambda figure: figure + shift)
+    change_table("method == 'random' and metric == 'mrr'", column, lambda figure: figure + shift)
     code, lines, _ = verified(capsys)
     bad = [line for line in lines if line.startswith("NOT HELD")]
     assert code == 1 and lines[-1] == "17 of 18 held, 1 not"
-    assert len(bad) == 1 and f"Random, table against manifests, {column} of recall@20" in bad[0]
+    assert len(bad) == 1 and f"Random, table against manifests, {column} of mrr" in bad[0]
 
 
 def test_a_line_that_was_taken_out_is_not_held(place, capsys):
