@@ -94,7 +94,7 @@ tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or
 benchmark: $(STAMP)  ## speed and memory as ratios, in results/benchmarks/ (PARTS=ranking: that one; about 30 min)
 	@$(BIN)/python -m benchmarks $(PARTS) $(if $(DEVICE),--device $(DEVICE))
 
-test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 6 min)
+test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (10 to 15 min)
 
 # Two processes of one thread each use two cores best; a notebook's cells stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile
