@@ -278,3 +278,13 @@ def test_distilling_with_a_tuned_encoder_leaves_the_catalogue_alone(task):
     changed = model.catalogue.encoder.state_dict()
     assert any(not torch.equal(before[name], changed[name]) for name in before)
     assert model.catalogue.activations is tuned.catalogue.activations
+
+
+def test_resets_go_to_checkpoints_or_to_fresh_starts(task):
+    """With damaged checkpoints distillation ends at once, unless all resets are to fresh first weights."""
+    start, damaged = coresets.kd(task, 3, seed=0), replace(task)
+    damaged.__dict__["trajectory"] = [{name: tensor * torch.nan for name, tensor in task.trajectory[0].items()}]
+    learned, _ = distill(damaged, start, replace(FAST, fresh=1.0), seed=0)
+    assert all(torch.isfinite(tensor).all() for tensor in (learned.queries, learned.labels))
+    with pytest.raises(FosterError, match="diverged"):
+        distill(damaged, start, replace(FAST, fresh=0.0), seed=0)
