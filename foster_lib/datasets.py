@@ -12,10 +12,13 @@ Two sources share one normalised form, two tables:
 
 from __future__ import annotations
 
+import hashlib
 import html
 import importlib.util
+import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from foster_lib.paths import sha256_file
 
 TEXT_FIELDS = ("title", "categories", "brand")
 EMBEDDED = "ml-100k"
+LONGEST_TEXT = 20_000  # characters of a column that are kept: far more than an encoder reads
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Dataset:
     sequences: list[np.ndarray]
     timestamps: list[np.ndarray]
     sha256: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of what is learned from: texts, sequences and their times, whatever files they came in."""
+        digest = hashlib.sha256(json.dumps([self.item_ids, self.texts, self.user_ids]).encode())
+        for arrays in (self.sequences, self.timestamps):
+            digest.update(np.cumsum([len(array) for array in arrays]).astype(np.int64).tobytes())
+            digest.update(str(arrays[0].dtype).encode() + np.concatenate(arrays).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def n_items(self) -> int:
@@ -247,7 +260,7 @@ def _validated_items(items: pd.DataFrame, path: Path, text_fields: tuple[str, ..
         row = _first(twice)
         raise FosterError(f"{path}, row {row}: item_id '{items['item_id'][row]}' appears twice. Keep one row per item.")
     parts = [
-        items[column].fillna("").astype(str).map(html.unescape).str.strip()
+        items[column].fillna("").astype(str).str[:LONGEST_TEXT].map(html.unescape).str.strip()
         for column in text_fields
         if column in items.columns
     ]
@@ -273,12 +286,12 @@ def _validated_interactions(
         if missing.any():
             raise FosterError(f"{path}, row {_first(missing)}: {column} is empty. Drop or fill the row.")
     time = pd.to_numeric(interactions["timestamp"], errors="coerce")
-    bad = ~np.isfinite(time.to_numpy(float)) | (time < 0)
+    bad = ~np.isfinite(time.to_numpy(float)) | (time < 0) | (time >= 2.0**63)  # these turn negative as int64
     if bad.any():
         row = _first(bad)
         raise FosterError(
             f"{path}, row {row}: timestamp is {interactions['timestamp'][row]!r}; it must be a "
-            "number that is not negative. Drop or mend the row."
+            "number that is not negative, below 2^63. Drop or mend the row."
         )
     interactions = pd.DataFrame(
         {

@@ -1,7 +1,7 @@
 """Manifests: what a run was, on what it ran, and what came out.
 
 A run is stored under a key made of everything that determines its result: all resolved
-settings, the data's checksums, and the code that computes it. A change of comments or
+settings, the content of the data set as it was read, and the code that computes it. A change of comments or
 docstrings keeps the key; a change of code does not, so no number outlives the code it came from.
 """
 
@@ -32,7 +32,7 @@ from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
 SCHEMA = 1
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
-    *("datasets", "splits", "encoder", "sasrec", "batches", "subsets"),
+    *("splits", "encoder", "sasrec", "batches", "subsets"),
     *("training", "synthetic", "task", "evaluation", "recipes"),
 )
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "scipy", "safetensors", "recbole")

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        return content_key({**self.description(), "data": load_once(self.settings.dataset).sha256, "code": self.code})
+        return content_key({**self.description(), "data": load_once(self.settings.dataset).content, "code": self.code})
 
     @property
     def code(self) -> str:
@@ -130,7 +130,7 @@ class Run:
         for path in self.path.parent.glob(f"{self.method}-seed{self.seed}-*.json"):
             manifest = read_manifest(path) or {}
             same = all({"student_number": 0, **manifest}.get(name) == value for name, value in described.items())
-            if same and manifest["data"]["sha256"] == load_once(self.settings.dataset).sha256:
+            if same and manifest["data"].get("content") == load_once(self.settings.dataset).content:
                 found += [manifest] if manifest["code"] != self.code else []
         return max(found, key=lambda manifest: manifest["created"], default=None)
 
@@ -196,7 +196,7 @@ def run_one(run: Run, device: str, progress: bool) -> str:
         "profile": settings.profile,
         "key": run.key,
         "code": run.code,
-        "data": {"sha256": task.dataset.sha256, **task.dataset.statistics()},
+        "data": describe_data(task.dataset),
         "details": details,
         "seconds": seconds,
         "peak_memory_mib": _peak_memory(device),
@@ -207,6 +207,11 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     write_manifest(run.path, manifest, test)
     figures = f"NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test"
     return f"{label}: {figures}, {sum(seconds.values()):.0f} s"
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What a manifest says of its data set: content, files and statistics."""
+    return {"content": dataset.content, "sha256": dataset.sha256, **dataset.statistics()}
 
 
 def apply_method(run: Run, task: Task, progress: str = "") -> tuple[SyntheticSequences | Scorer, float]:

@@ -30,7 +30,7 @@ from foster_lib.lsa import LsaEncoder
 from foster_lib.methods import get_method
 from foster_lib.paths import shown
 from foster_lib.records import code_fingerprint, content_key, environment, manifest_path, read_manifest, write_manifest
-from foster_lib.runs import Run, load_catalogue, load_once, make_task, plan
+from foster_lib.runs import Run, describe_data, load_catalogue, load_once, make_task, plan
 from foster_lib.sasrec import SASRec
 from foster_lib.splits import make_split
 from foster_lib.studies import changed, smoke_settings
@@ -234,7 +234,7 @@ def run_transfer(item: Transfer, device: str, progress: bool) -> str:
         "profile": settings.profile,
         "key": item.key,
         "code": base.code,
-        "data": {"sha256": task.dataset.sha256, **task.dataset.statistics()},
+        "data": describe_data(task.dataset),
         "details": details,
         "seconds": {"training": round(log.seconds, 2), "evaluation": round(time.perf_counter() - start, 2)},
         "validation": validation,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from foster_lib.datasets import Dataset, k_core, load_dataset
+from foster_lib.datasets import LONGEST_TEXT, Dataset, k_core, load_dataset
 from foster_lib.errors import FosterError
 from foster_lib.paths import sha256_file
 from tests.conftest import ITEMS, USERS, make_tables, write_tables
@@ -203,6 +203,7 @@ DEFECTS = {
     "NaN timestamp": (change("interactions", 9, "timestamp", float("nan")), r"row 9: timestamp is .*nan"),
     "negative timestamp": (change("interactions", 2, "timestamp", -1), r"row 2: timestamp is .*-1.*not negative"),
     "infinite timestamp": (change("interactions", 2, "timestamp", float("inf")), r"row 2: timestamp is .*inf"),
+    "timestamp above int64": (change("interactions", 2, "timestamp", 2.0**63), r"row 2: timestamp is .*below 2.63"),
     "word as timestamp": (
         lambda i, x: (i, x.assign(timestamp=["noon", *x["timestamp"].astype(str)[1:]])),
         r"row 0: timestamp is 'noon'",
@@ -254,3 +255,27 @@ def test_missing_recbole(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FosterError, match=r"recbole, which is not installed: run `pip install"):
         load_dataset("ml-100k")
+
+
+def test_content_follows_what_is_learned_from_and_not_the_files(tmp_path, tables):
+    """Other columns, other files: same content; another text, time or order: not."""
+    items, interactions = tables
+
+    def content(name, items=items, interactions=interactions):
+        write_tables(tmp_path / name, items, interactions)
+        return load_dataset("toy", tmp_path / name).content
+
+    before = content("before")
+    assert before == content("column", items=items.assign(price=1.0))
+    assert before == content("stars", interactions=interactions.assign(stars=5))
+    assert before != content("text", items=items.assign(categories=["Other", *items["categories"][1:]]))
+    swapped = interactions.assign(timestamp=interactions["timestamp"].max() - interactions["timestamp"])
+    assert before != content("order", interactions=swapped)
+    assert before != content("time", interactions=interactions.assign(timestamp=interactions["timestamp"] * 2))
+
+
+def test_a_text_without_end_is_cut(tmp_path, tables):
+    items, interactions = tables
+    write_tables(tmp_path, items.assign(title=["a " * 10_000_000, *items["title"][1:]]), interactions)
+    data = load_dataset("toy", tmp_path)
+    assert max(map(len, data.texts)) <= 2 * LONGEST_TEXT and len(data.titles[0]) <= LONGEST_TEXT
