@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 
 from foster_lib.adjoint import Rollout
 from foster_lib.batches import Batch, make_batch
-from foster_lib.coresets import kd_packed
 from foster_lib.errors import FosterError, check_known
 from foster_lib.penalty import Pair
+from foster_lib.regulariser import FORMS, cooccurrence_regulariser
+from foster_lib.starts import start_sequences
 from foster_lib.subsets import Subset, SyntheticBatch, sample_subset
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
@@ -53,6 +54,7 @@ class FosterSettings:
     probe : length of the finite differences of the adjoint; penalty : λ of the penalty form
     input_learning_rate, label_learning_rate : Adam on z_x, β and on z_y
     regulariser : weight of L_r beside the hypergradient (which the adjoint scales to length 1)
+    regulariser_form : what similar items shall have in common, see `regulariser`
     neighbours, neighbour_temperature : of the item similarity in L_r
     sharpness : norm of z_x at the start; bonus : β at the start
     """
@@ -74,6 +76,7 @@ class FosterSettings:
     input_learning_rate: float = 0.006
     label_learning_rate: float = 0.002
     regulariser: float = 3.0
+    regulariser_form: str = "conditional"
     neighbours: int = 4
     neighbour_temperature: float = 0.05
     sharpness: float = 4.0
@@ -81,35 +84,10 @@ class FosterSettings:
 
     def __post_init__(self) -> None:
         check_known(self.hypergradient, HYPERGRADIENTS, "hypergradient")
+        check_known(self.regulariser_form, FORMS, "regulariser_form")
 
 
 HYPERGRADIENTS = {"adjoint": Rollout, "penalty": Pair}
-
-
-# ------------------------------------------------------- co-occurrence regulariser
-
-
-def cooccurrence_regulariser(p: Tensor, y: Tensor, similarity: Tensor, neighbours: int, temperature: float) -> Tensor:
-    """L_r: semantically similar items shall be followed by similar items inside S.
-
-    With the conditional  q_i(j) = Σ_t p_t(i) y_t(j) / Σ_t p_t(i)  of what follows item i, and
-    w_ij = softmax_j(s_ij / τ) over the nearest neighbours j of i in text space,
-
-        L_r = 1/N Σ_i Σ_j w_ij H²(q_i, q_j),   H² = 1 − Σ_k √(q_i(k) q_j(k))  (squared Hellinger).
-
-    Parameters
-    ----------
-    p, y : (T, N)
-        Input and target probabilities of all T synthetic positions over the subset.
-    similarity : (N, N)
-        Cosine of the frozen text embeddings.
-    """
-    strength, near = similarity.clone().fill_diagonal_(-torch.inf).topk(min(neighbours, len(similarity) - 1))
-    w = (strength / temperature).softmax(-1)
-    q = (p.T @ y) / (p.sum(0)[:, None] + 1e-12)
-    root = (q + 1e-12).sqrt()
-    affinity = root @ root.T
-    return (w * (1 - affinity.gather(1, near))).sum() / len(p.T)
 
 
 # ------------------------------------------------------------------- the algorithm
@@ -157,7 +135,13 @@ class Synthesizer:
         text = self.text[batch.subset.items]
         settings = self.settings
         return cooccurrence_regulariser(
-            p[batch.mask], batch.y, text @ text.T, settings.neighbours, settings.neighbour_temperature
+            p[batch.mask],
+            batch.y,
+            text @ text.T,
+            settings.neighbours,
+            settings.neighbour_temperature,
+            settings.regulariser_form,
+            batch.mask.nonzero()[:, 0],
         )
 
     def step(self, gradients: list[Tensor], progress: float) -> None:
@@ -252,7 +236,15 @@ def regularised(synthetic: Synthesizer, batch: SyntheticBatch, gradients: list[T
     return [g + weight * r for g, r in zip(gradients, own)], float(value.detach())
 
 
-def foster(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
-    """The method as Table 2 calls it: `distill`, started at `coresets.kd_packed`."""
-    start = kd_packed(task, sequences, seed)
+def foster(
+    task: Task,
+    sequences: int,
+    seed: int,
+    progress: str = "",
+    start_items: str = "k-means",
+    start_labels: str = "teacher",
+    **parameters,
+) -> SyntheticSequences:
+    """As Table 2 calls it: `distill` from one of `starts`; `parameters` are those of `FosterSettings`."""
+    start = start_sequences(task, sequences, seed, start_items, start_labels)
     return distill(task, start, FosterSettings(**parameters), seed=seed, progress=progress)[0]

@@ -17,20 +17,20 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from foster_lib.collapse import collapse_figures
 from foster_lib.config import SECTIONS, Profile, Settings, build
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
 from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import write_atomically, write_text
-from foster_lib.runs import Run, make_task, plan
+from foster_lib.runs import Run, plan
 from foster_lib.study_tables import BASE, COSTS, readable_table, save_figure, study_figure
 from foster_lib.tables import latex_table, table2_folder
 
 SPACE = Path(__file__).parent / "studies.yaml"
 STALE = " (stale)"
 REFERENCES = ("full", "untrained")
-HEAD, TAIL = 0.1, 0.5  # shares of the catalogue that count as popular and as rare, by interactions in training
 KEYS = ["dataset", "split", "profile", "study", "sweep", "variant", "method", "value", "as_profile", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "runs", "ratio_to_full", "recovered_gain", *COSTS]
 
@@ -79,10 +79,11 @@ def load_study(name: str, profile: Profile) -> Study:
     """Read a study; the profile `smoke` has values of its own. Unknown keys are errors."""
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
-    defaults = {"references": [], "targets": False, "run": True, "sweeps": [], "variants": [], "smoke": []}
+    defaults = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
+    defaults |= {"collapse": False, "run": True}
     given, where = space["studies"][name], f"key in study '{name}':"
     _check(given, [*defaults, "title", "panels"], where)
-    _check(given["panels"], space["labels"], where)
+    _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
     spec = {**defaults, "labels": space["labels"], "notes": space["notes"], **given}
     rows = {*REFERENCES, BASE, *(profile.table2 if spec["references"] == "table2" else spec["references"])}
     found = [Variant(get_method(method).title, method, sweep="reference") for method in METHODS if method in rows]
@@ -168,7 +169,7 @@ def run_study(study: Study, planned: Planned, **options) -> tuple[Planned, pd.Da
 
 def study_table(study: Study, planned: Planned) -> pd.DataFrame:
     """One row per variant and metric, `COLUMNS`: mean and standard deviation over seeds, of which each counts as the
-    mean of its students. Metrics are those of the ranking, costs, and `target_figures` if the study asks for them.
+    mean of its students. Metrics are those of the ranking, costs, and `collapse_figures` if the study asks for them.
     Runs that only another version of the code has made are marked `STALE`. `as_profile` marks FOSTER as the profile has
     it; ratio and gain are those of `tables.long_table`.
     """
@@ -192,7 +193,7 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
         shared = {key: manifest[key] for key in ("dataset", "split", "profile", "method")} | {"seed": run.seed}
         shared |= {"study": study.name, "sweep": variant.sweep, "value": variant.value}
         shared["variant"] = variant.name + STALE * (manifest["code"] != run.code)
-        figures = manifest["test"] | costs | (target_figures(run) if study.spec["targets"] else {})
+        figures = manifest["test"] | costs | (collapse_figures(run) if study.spec["collapse"] else {})
         shared |= costs | {"as_profile": run.path in base}
         records += [{**shared, "metric": metric, "figure": figure} for metric, figure in figures.items()]
     frame = pd.DataFrame(records)
@@ -206,24 +207,6 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
     table["ratio_to_full"] = table["mean"] / table["full"]
     table["recovered_gain"] = (table["mean"] - table["untrained"]) / (table["full"] - table["untrained"])
     return table[COLUMNS]
-
-
-def target_figures(run: Run) -> dict[str, float]:
-    """Of what the targets of a run's sequences are made: number of distinct most probable items, and shares of the
-    probability mass on the popular `HEAD` and the rare `TAIL` of the catalogue; shares only of full data's next items.
-    """
-    method = get_method(run.method)
-    if not method.condenses and run.method != "full":
-        return {}
-    task, figures = make_task(run), {}
-    mass = np.bincount(np.concatenate([sequence[1:] for sequence in task.train]), minlength=task.n_items)
-    order = np.argsort(-np.bincount(np.concatenate(task.train), minlength=task.n_items), kind="stable")
-    if method.condenses:
-        stored = method.form.load(run.distilled_path)
-        y = stored.target_probabilities(task.embeddings.cpu())[stored.mask]
-        mass, figures["coverage"] = y.double().sum(0).numpy(), len(y.argmax(-1).unique())
-    share, head, tail = mass[order] / mass.sum(), round(HEAD * task.n_items), round(TAIL * task.n_items)
-    return figures | {"head_share": float(share[:head].sum()), "tail_share": float(share[-tail:].sum())}
 
 
 def study_folder(name: str, profile: str, split: str = "") -> Path:

@@ -29,7 +29,7 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     Parameters
     ----------
     spec : dict
-        The study as `studies.yaml` has it: its panels and their labels.
+        The study as `studies.yaml` has it: its panels, further columns and their labels.
     part : DataFrame
         The rows of `studies.study_table`.
     runs : list
@@ -41,7 +41,7 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     rows = []
     for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
-        for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"]]):
+        for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"], *spec["columns"]]):
             if metric not in COSTS:
                 cell = own.reindex([metric]).iloc[0]
                 row[spec["labels"][metric]] = number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])

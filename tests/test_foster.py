@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from foster_lib import coresets
 from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
-from foster_lib.foster import FosterSettings, Synthesizer, cooccurrence_regulariser, distill
+from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.learners import Learner
 from foster_lib.penalty import Pair, gap_gradient
 from foster_lib.subsets import FeatureBank, Subset, real_loss, sample_subset, subset_inputs, synthetic_loss
@@ -186,44 +185,6 @@ def test_gap_gradient_is_the_difference_of_two_input_gradients(task, synthetic):
     assert abs((values[0] - values[1]) / 2e-2 - float((gradients[2] * direction).sum())) < 2e-3
     batch = batch_of()
     assert gap == pytest.approx(float((synthetic_loss(theta, batch) - synthetic_loss(phi, batch)).detach()), abs=1e-6)
-
-
-def test_regulariser_against_loops():
-    generator = torch.Generator().manual_seed(0)
-    p = torch.rand(7, 5, generator=generator, dtype=torch.float64).softmax(-1)
-    y = torch.rand(7, 5, generator=generator, dtype=torch.float64).mul(4).softmax(-1)
-    text = F.normalize(torch.randn(5, 3, generator=generator, dtype=torch.float64), dim=-1)
-    similarity = text @ text.T
-    total = 0.0
-    for i in range(5):
-        near = sorted((j for j in range(5) if j != i), key=lambda j: -similarity[i, j])[:2]
-        weights = np.exp([float(similarity[i, j]) / 0.1 for j in near])
-        q = {k: sum(p[t, k] * y[t] for t in range(7)) / p[:, k].sum() for k in (i, *near)}
-        for j, w in zip(near, weights / weights.sum()):
-            total += w * (1 - float((q[i].sqrt() * q[j].sqrt()).sum()))
-    assert float(cooccurrence_regulariser(p, y, similarity, 2, 0.1)) == pytest.approx(total / 5, abs=1e-9)
-
-
-def test_regulariser_pulls_items_of_identical_text_to_identical_conditionals():
-    """Two items share their text; descending L_r alone makes what follows them alike."""
-    generator = torch.Generator().manual_seed(0)
-    z_p = torch.randn(12, 6, generator=generator, dtype=torch.float64).requires_grad_()
-    z_y = torch.randn(12, 6, generator=generator, dtype=torch.float64).mul(2).requires_grad_()
-    text = F.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=-1)
-    text[1] = text[0]
-
-    def distance():
-        p, y = z_p.softmax(-1), z_y.softmax(-1)
-        q = ((p.T @ y) / p.sum(0)[:, None]).detach()
-        return float((q[0] - q[1]).abs().sum())
-
-    before = distance()
-    optimizer = torch.optim.Adam([z_p, z_y], lr=0.05)
-    for _ in range(300):
-        optimizer.zero_grad()
-        cooccurrence_regulariser(z_p.softmax(-1), z_y.softmax(-1), text @ text.T, 1, 0.05).backward()
-        optimizer.step()
-    assert before > 0.1 and distance() < 0.1 * before
 
 
 @pytest.mark.parametrize("hypergradient", ["adjoint", "penalty"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,8 @@ from foster_lib.errors import FosterError
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
 from foster_lib.foster import FosterSettings
-from foster_lib.runs import load_once, make_task, plan
+from foster_lib.methods import check_parameters
+from foster_lib.runs import load_once, plan
 from foster_lib.studies import (
     COLUMNS,
     changed,
@@ -46,6 +47,7 @@ SPACE = {
         "recall@10": "Recall@10",
         "coverage": "coverage",
         "tail_share": "tail",
+        "gini": "Gini",
         "bytes": "bytes",
     },
     "notes": {"NDCG@10": "A note.", "FOSTER minus it": "What is minus it.", "coverage": "What is covered."},
@@ -63,7 +65,8 @@ SPACE = {
         "sizes": {
             "title": "Sizes",
             "panels": ["ndcg@10", "coverage", "tail_share"],
-            "targets": True,
+            "collapse": True,
+            "columns": ["gini"],
             "sweeps": [{**SWEEP, "smoke": [8]}],
         },
         "costs": {"title": "Costs", "references": "table2", "panels": ["bytes"], "run": False},
@@ -227,30 +230,6 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_target_figures_by_a_loop(space, profile):
-    planned = load_study("sizes", profile).runs(profile, ["toy"], [0])
-    full, run = (next(run for _, run in planned if run.method == method) for method in ("full", "foster"))
-    execute([full, run], say=quiet, progress=False)
-    task, stored = make_task(run), SyntheticSequences.load(run.distilled_path)
-    seen = {item: sum(list(sequence).count(item) for sequence in task.train) for item in range(task.n_items)}
-    popular = sorted(seen, key=lambda item: (-seen[item], item))
-    y = stored.target_probabilities(task.embeddings)
-    rows = [y[n, t] for n in range(len(stored)) for t in range(y.shape[1]) if stored.mask[n, t]]
-    figures = studies.target_figures(run)
-    assert figures["coverage"] == len({int(row.argmax()) for row in rows})
-    assert figures["head_share"] == pytest.approx(
-        sum(float(row[popular[:4]].sum()) for row in rows) / len(rows), rel=1e-5
-    )
-    assert figures["tail_share"] == pytest.approx(
-        sum(float(row[popular[20:]].sum()) for row in rows) / len(rows), rel=1e-5
-    )
-    nexts = [item for sequence in task.train for item in sequence[1:]]
-    real = studies.target_figures(full)
-    assert real["head_share"] == pytest.approx(sum(item in popular[:4] for item in nexts) / len(nexts))
-    assert set(real) == {"head_share", "tail_share"}
-    assert studies.target_figures(replace(full, method="popularity")) == {}
-
-
 def test_costs_are_read_and_nothing_is_run(space, profile, monkeypatch, tmp_path):
     execute(plan(profile, ["toy"], ["full", "random"], [0]), say=quiet, progress=False)
     monkeypatch.setattr(studies, "execute", lambda *_, **__: pytest.fail("a run was started"))
@@ -309,7 +288,9 @@ def test_every_study_that_is_shipped_can_be_planned(name, profile_name):
     for variant in study.variants:
         if variant.method == "foster":
             own = changed(changed(settings, "", study.laid_over), variant.method, variant.change)
-            FosterSettings(**own.methods["foster"])
+            check_parameters("foster", own.methods["foster"])
+            known = {field.name for field in fields(FosterSettings)}
+            FosterSettings(**{name: value for name, value in own.methods["foster"].items() if name in known})
     sweeps = {variant.sweep for variant in study.variants} - {"", "reference"}
     if profile_name == "cpu":
         unchanged = {
