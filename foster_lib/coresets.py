@@ -53,31 +53,9 @@ def medoids(task: Task, pool: list[np.ndarray], clusters: int, seed: int) -> np.
     return nearest_points(points, found.cluster_centers_)
 
 
-def packed_k_means(task: Task, sequences: int, seed: int) -> SyntheticSequences:
-    """As `k_means`, with a user for each window of L positions that the model reads, not for each sequence.
-
-    Where users have short histories, one of them would leave most positions of a sequence empty. If a
-    sequence is one window, this is `k_means`.
-
-    Raises
-    ------
-    FosterError
-        If there are fewer users than windows.
-    """
-    windows = task.sequence_length // task.length
-    pool = [history[-(task.length + 1) :] for history in checked_pool(task, sequences * windows)]
-    chosen = medoids(task, pool, sequences * windows, seed)
-    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length).joined(windows)
-
-
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """KD-n: the windows of `k_means` with the labels of the full-data teacher, no distillation."""
     return with_labels(task, k_means(task, sequences, seed))
-
-
-def kd_packed(task: Task, sequences: int, seed: int) -> SyntheticSequences:
-    """The histories of `packed_k_means` with the labels of the full-data teacher, no distillation."""
-    return with_labels(task, packed_k_means(task, sequences, seed))
 
 
 @torch.no_grad()

@@ -243,8 +243,9 @@ def foster(
     progress: str = "",
     start_items: str = "k-means",
     start_labels: str = "teacher",
+    start_filled: bool = True,
     **parameters,
 ) -> SyntheticSequences:
     """As Table 2 calls it: `distill` from one of `starts`; `parameters` are those of `FosterSettings`."""
-    start = start_sequences(task, sequences, seed, start_items, start_labels)
+    start = start_sequences(task, sequences, seed, start_items, start_labels, start_filled)
     return distill(task, start, FosterSettings(**parameters), seed=seed, progress=progress)[0]

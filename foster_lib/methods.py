@@ -23,6 +23,7 @@ from foster_lib import (
     references,
     scores,
     selection,
+    starts,
     td3,
     tied,
 )
@@ -79,14 +80,14 @@ LABELS = "+labels"
 """Ends the name of a row that puts the teacher's labels on the windows of a coreset."""
 
 # Soft labels alone are worth much at twenty sequences, so every coreset has them too; k-means with
-# labels is KD, the row that FOSTER starts from.
+# labels is KD.
 LABELLED = {
     name + LABELS: replace(method, title=f"{method.title} + labels", needs_teacher=True, labelled=True)
     for name, method in CORESETS.items()
     if name != "k-means"
 }
 LABELLED["kd"] = Method(coresets.kd, "KD (k-means + teacher's labels)", needs_teacher=True)
-LABELLED["kd-packed"] = Method(coresets.kd_packed, "KD, a history in each window", needs_teacher=True)
+LABELLED["kd-start"] = Method(starts.kd_start, "KD, as FOSTER starts", needs_teacher=True)
 
 DISTILLATION = {
     "dconrec": Method(dconrec.dconrec, "DConRec", needs_teacher=True),

@@ -1,7 +1,8 @@
 """Where FOSTER may start: which items stand in the sequences, and with which labels.
 
-The published form starts at k-means medoids with a teacher's labels; the others are there to
-measure what each of the two is worth (Table 4).
+The published form starts at k-means medoids, a history in each window that the model reads, continued
+by the teacher to the window's end, with the teacher's labels. The others are there to measure what
+each of these is worth (Table 4).
 """
 
 from __future__ import annotations
@@ -11,10 +12,27 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from foster_lib.coresets import checked_pool, packed_k_means, with_labels
+from foster_lib.coresets import checked_pool, medoids, with_labels
 from foster_lib.errors import check_known
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
+
+
+def packed_medoids(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """As `coresets.k_means`, with a user for each window of L positions that the model reads, not for each sequence.
+
+    Where users have short histories, one of them would leave most positions of a sequence empty. If a
+    sequence is one window, this is `coresets.k_means`.
+
+    Raises
+    ------
+    FosterError
+        If there are fewer users than windows.
+    """
+    windows = task.sequence_length // task.length
+    pool = [history[-(task.length + 1) :] for history in checked_pool(task, sequences * windows)]
+    chosen = medoids(task, pool, sequences * windows, seed)
+    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length).joined(windows)
 
 
 def random_histories(task: Task, sequences: int, seed: int) -> SyntheticSequences:
@@ -33,6 +51,28 @@ def noise(task: Task, sequences: int, seed: int) -> SyntheticSequences:
 
 
 @torch.no_grad()
+def continued(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
+    """Fill each window that the model reads: what follows a history is the teacher's most probable other item.
+
+    Histories are short where data are sparse, and a position without a target teaches nothing.
+    """
+    teacher, length = task.teacher, task.length
+    features = teacher.features()
+    parts = (chosen.items, chosen.targets, chosen.mask)
+    items, targets, mask = (part.reshape(-1, length).clone().to(task.device) for part in parts)
+    while len(rows := (~mask).any(1).nonzero()[:, 0]):
+        end = mask[rows].sum(1)
+        items[rows, end] = targets[rows, end - 1]
+        known = torch.arange(length, device=rows.device) <= end[:, None]
+        seen = torch.where(known, items[rows], items[rows, :1])
+        hidden = teacher(items[rows], features)[torch.arange(len(rows), device=rows.device), end]
+        targets[rows, end] = teacher.scores(hidden, features).scatter(1, seen, -torch.inf).argmax(1)
+        mask[rows, end] = True
+    whole = {"items": items, "targets": targets, "mask": mask}
+    return replace(chosen, **{name: part.cpu().reshape(chosen.items.shape) for name, part in whole.items()})
+
+
+@torch.no_grad()
 def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """Labels that know of the next item alone: z_y = s · f(e_target), with the teacher's scale s.
 
@@ -44,17 +84,20 @@ def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     return replace(labelled, labels=task.teacher.log_scale.exp().cpu() * f[chosen.targets])
 
 
-ITEMS = {"k-means": packed_k_means, "random": random_histories, "noise": noise}
+ITEMS = {"k-means": packed_medoids, "random": random_histories, "noise": noise}
 LABELS = {"teacher": with_labels, "hard": hard_labels}
 
 
-def start_sequences(task: Task, sequences: int, seed: int, items: str, labels: str) -> SyntheticSequences:
+def start_sequences(
+    task: Task, sequences: int, seed: int, items: str = "k-means", labels: str = "teacher", fill: bool = True
+) -> SyntheticSequences:
     """Labelled sequences to start from.
 
     Parameters
     ----------
     items : a key of `ITEMS`
     labels : a key of `LABELS`
+    fill : whether histories are `continued`
 
     Raises
     ------
@@ -63,4 +106,10 @@ def start_sequences(task: Task, sequences: int, seed: int, items: str, labels: s
     """
     check_known(items, ITEMS, "start_items")
     check_known(labels, LABELS, "start_labels")
-    return LABELS[labels](task, ITEMS[items](task, sequences, seed))
+    chosen = ITEMS[items](task, sequences, seed)
+    return LABELS[labels](task, continued(task, chosen) if fill else chosen)
+
+
+def kd_start(task: Task, sequences: int, seed: int) -> SyntheticSequences:
+    """FOSTER's start as it is, nothing distilled: the row that says what distilling adds."""
+    return start_sequences(task, sequences, seed)

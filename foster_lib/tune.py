@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from foster_lib.splits import wide_validation
 from foster_lib.task import Task
 
 SPACE = Path(__file__).parent / "search.yaml"
+FULL = ("learning_rate", "weight_decay", "batch_size", "subset", "epochs")
+"""Of the full-data training, what the table of its trials shows."""
+
 STUDENTS = 2
 """Students per trial of a method; their seeds differ by about as much as settings do."""
 
@@ -112,14 +115,8 @@ def _try_full(trial: Trial, device: str, progress: bool) -> str:
     task = trial.task(device)
     _, log = train_full(task, settings.full, trial.run.seed, trial.trajectory, label if progress else "")
     figures = {
-        "width": settings.model.width,
-        "adapter_hidden": settings.model.adapter_hidden,
-        "dropout": settings.model.dropout,
-        **{
-            k: v
-            for k, v in asdict(settings.full).items()
-            if k in ("learning_rate", "weight_decay", "batch_size", "epochs")
-        },
+        **{name: getattr(settings.model, name) for name in ("width", "adapter_hidden", "length", "dropout")},
+        **{name: getattr(settings.full, name) for name in FULL},
         "kept_epoch": log.best_epoch,
         "validation_ndcg@10": round(log.validation[log.best_epoch], 5),
         "seconds": round(log.seconds),
@@ -140,7 +137,8 @@ def _try_method(trial: Trial, device: str, progress: bool) -> str:
     outcome, distillation = apply_method(run, task)
     seconds = {"distillation": round(distillation)}
     if get_method(run.method).condenses:
-        logs = [train_student(task, outcome.stored(), run.settings, seed)[1] for seed in range(STUDENTS)]
+        seeds = [replace(run, student=number).student_seed for number in range(STUDENTS)]
+        logs = [train_student(task, outcome.stored(), run.settings, seed)[1] for seed in seeds]
         values = [log.validation[log.best_epoch] for log in logs]
         seconds["training"] = round(sum(log.seconds for log in logs))
     else:

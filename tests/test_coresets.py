@@ -118,30 +118,6 @@ def test_k_means_takes_one_window_of_each_cluster(task, monkeypatch):
     assert set(rows(coresets.k_means(task, sequences=6, seed=0))) == expected
 
 
-def test_packed_histories_stand_at_the_windows_starts(task):
-    """A sequence of three windows of L: each window holds whole histories of its own, labelled as if it stood alone."""
-    long = replace(task, synthetic_length=3 * task.length, train=[sequence[-4:] for sequence in task.train])
-    packed = coresets.kd_packed(long, 2, 0)
-    assert packed.items.shape == (2, 3 * task.length) and packed.mask.sum() == 2 * 3 * 3
-    histories = {tuple(sequence) for sequence in long.train}
-    teacher = task.teacher
-    features = teacher.features()
-    for row in range(2):
-        for start in range(0, 3 * task.length, task.length):
-            part = slice(start, start + 3)
-            items, targets = packed.items[row, part].tolist(), packed.targets[row, part].tolist()
-            assert items[1:] == targets[:2] and (*items, targets[2]) in histories
-            alone = teacher.log_scale.exp() * teacher(torch.tensor([items]), features)[0]
-            torch.testing.assert_close(packed.labels[row, part], alone, atol=1e-4, rtol=1e-4)
-    with pytest.raises(FosterError, match="users"):
-        coresets.packed_k_means(long, 40, 0)
-
-
-def test_one_window_a_sequence_is_k_means(task):
-    one, plain = coresets.packed_k_means(task, 4, seed=0), coresets.k_means(task, 4, seed=0)
-    assert torch.equal(one.items, plain.items) and torch.equal(one.mask, plain.mask)
-
-
 def test_hidden_means_ignore_padding(task):
     """The batched means equal those of each window alone."""
     means = task.hidden_means(task.teacher, candidates(task))

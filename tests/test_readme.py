@@ -18,7 +18,7 @@ ROWS = {
     "Random, 20 sequences": "random",
     "K-Center, 20 sequences": "k-center",
     "KD, 20 sequences with the teacher's labels": "kd",
-    "KD packed, FOSTER's start": "kd-packed",
+    "KD, as FOSTER starts": "kd-start",
     "**FOSTER, 20 sequences**": "foster",
 }
 

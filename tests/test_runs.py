@@ -123,7 +123,7 @@ def test_further_students_read_what_the_first_has_stored(settings):
 
 def test_a_coreset_with_labels_is_the_coreset_with_labels(settings):
     """The same windows by the same parameters; the sign in its name may stand in those of files."""
-    assert {base_name(name) for name in LABELLED} == {*CORESETS, "kd", "kd-packed"} - {"k-means"}
+    assert {base_name(name) for name in LABELLED} == {*CORESETS, "kd", "kd-start"} - {"k-means"}
     plain, labelled = runs = [Run(settings, name, 0) for name in ("dealrec", "dealrec+labels")]
     assert plain.parameters == labelled.parameters == QUICK["dealrec"]
     manifests = execute(runs, say=quiet, progress=False)
