@@ -54,8 +54,10 @@ def execute(
     for run in runs:
         if not fresh and (why := defect(run.path)):
             say(f"{shown(run.path)} cannot be used, its run is made again: {why}")
-    teachers = {
-        trajectory_folder(run): replace(run, method="full") for run in pending if get_method(run.method).needs_teacher
+    teachers = {  # further students read the sequences, not the teacher
+        trajectory_folder(run): replace(run, method="full")
+        for run in pending
+        if get_method(run.method).needs_teacher and not run.student
     }
     training = partial(train_full_run, fresh=fresh)
     trainings = {

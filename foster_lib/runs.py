@@ -241,7 +241,7 @@ def train_full_run(run: Run, device: str, progress: bool, fresh: bool = True) ->
 
 def trajectory_folder(run: Run) -> Path:
     """Cache folder of the full-data run that `run` reads its teacher and checkpoints from."""
-    return cache_dir() / "trajectories" / replace(run, method="full").key
+    return cache_dir() / "trajectories" / replace(run.first, method="full").key
 
 
 def trained(run: Run) -> bool:

@@ -1,6 +1,7 @@
 """Profiles, runs, manifests and tables on the tiny data set."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_further_students_read_what_the_first_has_stored(settings):
     first.distilled_path.unlink()  # lost: the first run makes it again
     assert execute([second], say=quiet, progress=False)[0]["test"] == manifests[1]["test"]
     assert first.distilled_path.is_file()
+
+
+def test_students_share_a_teacher(settings):
+    """Full data is trained once, however many students there are, and not at all for those that find sequences."""
+    said = []
+    first, second = runs = [Run(settings, "kd", 0, student) for student in (0, 1)]
+    execute(runs, say=said.append, progress=False)
+    assert sum("trained" in line for line in said) == 1
+    assert trajectory_folder(second) == trajectory_folder(first)
+    shutil.rmtree(trajectory_folder(first))
+    second.path.unlink()
+    execute(runs, say=said.append, progress=False)
+    assert sum("trained" in line for line in said) == 1 and not trajectory_folder(first).exists()
 
 
 def test_a_coreset_with_labels_is_the_coreset_with_labels(settings):
