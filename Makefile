@@ -34,7 +34,7 @@ export FOSTER_REQUIRES = $(REQUIRES)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-figures \
+.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-table6 reproduce-figures \
 	reproduce-all site verify tune benchmark test test-unit test-notebooks lab lint clean
 
 help:  ## this list
@@ -75,6 +75,9 @@ reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (about 1.5 
 
 reproduce-table5: $(STAMP)  ## Table 5, other recommenders and encoders on the same sequences (about 40 min for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce table5_transfer $(OPTIONS)
+
+reproduce-table6: $(STAMP)  ## Table 6, the baselines without their key ideas (hours; SEEDS=0: a third)
+	@$(BIN)/python -m foster_lib.reproduce table6_key_ideas $(OPTIONS)
 
 reproduce-figures: $(STAMP)  ## all figures beside Table 2's (about 3.5 h for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce figures $(OPTIONS)

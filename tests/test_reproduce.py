@@ -86,8 +86,9 @@ def test_the_notebooks_of_this_project_take_what_make_passes_on():
     everything = plan(["all"], {"profile": "smoke", "fresh": True, **given})
     assert all(own["profile"] == "smoke" for own in everything.values())
     tables = ["table1_datasets", "table2", "table3_efficiency", "table4_ablation", "table5_transfer"]
-    assert list(everything)[:5] == tables and list(everything)[5:] == list(plan(["figures"], {}))
-    assert len(everything) == 11
+    tables.append("table6_key_ideas")
+    assert list(everything)[:6] == tables and list(everything)[6:] == list(plan(["figures"], {}))
+    assert len(everything) == 12
     for name, own in everything.items():
         missing = given.keys() - own.keys()
         assert not missing or name in ("table1_datasets", "fig_scaling", "fig_sequences"), (name, missing)
