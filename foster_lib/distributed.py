@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from foster_lib.batches import Batch
 from foster_lib.cli import changed_settings
-from foster_lib.errors import FosterError
+from foster_lib.errors import FosterError, complain
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.execution import resolve_device
 from foster_lib.paths import new_folder, shown, write_text
@@ -229,8 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             best = log.validation[log.best_epoch]
             print(f"{shown(folder)}: {len(log.losses)} epochs in {log.seconds:.0f} s, validation NDCG@10 {best:.4f}")
     except FosterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
