@@ -97,15 +97,15 @@ tune: $(STAMP)  ## search on validation, of full data (ML-100K: about 10 min) or
 benchmark: $(STAMP)  ## speed and memory as ratios, in results/benchmarks/ (PARTS=ranking: that one; about 30 min)
 	@$(BIN)/python -m benchmarks $(PARTS) $(if $(DEVICE),--device $(DEVICE))
 
-test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (10 to 15 min)
+test: test-unit test-notebooks  ## unit tests, then all notebooks compared by nbval (about 8 min)
 
 # Two processes of one thread each use two cores best; a notebook's cells stay together.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile
 
-test-unit: $(STAMP)  ## unit tests only (about 1 min)
+test-unit: $(STAMP)  ## unit tests only (about 4 min)
 	@$(PYTEST) tests
 
-test-notebooks: $(STAMP)  ## notebooks only (about 2 min)
+test-notebooks: $(STAMP)  ## notebooks only (about 4 min)
 	@$(PYTEST) --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
