@@ -34,8 +34,8 @@ export FOSTER_REQUIRES = $(REQUIRES)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-table6 reproduce-figures \
-	reproduce-all site verify tune benchmark test test-unit test-notebooks lab lint clean
+.PHONY: help install data reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 \
+	reproduce-table6 reproduce-figures reproduce-all site verify tune benchmark test test-unit test-notebooks lab lint clean
 
 help:  ## this list
 	@echo "FOSTER: dataset distillation for text-based sequential recommendation"; echo
@@ -70,16 +70,16 @@ reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min
 reproduce-table3: $(STAMP)  ## Table 3, what Table 2's finished runs cost (PROFILE=cpu: the published ones; under 1 min)
 	@$(BIN)/python -m foster_lib.reproduce table3_efficiency $(OPTIONS)
 
-reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (about 1.5 h for 3 seeds, 2 cores; SEEDS=0: a third)
+reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (estimated 4 h for 3 seeds, 2 cores; SEEDS=0: a third)
 	@$(BIN)/python -m foster_lib.reproduce table4_ablation $(OPTIONS)
 
 reproduce-table5: $(STAMP)  ## Table 5, other recommenders and encoders on the same sequences (about 40 min for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce table5_transfer $(OPTIONS)
 
-reproduce-table6: $(STAMP)  ## Table 6, the baselines without their key ideas (hours; SEEDS=0: a third)
+reproduce-table6: $(STAMP)  ## Table 6, the baselines without their key ideas (not timed yet: hours; SEEDS=0: a third)
 	@$(BIN)/python -m foster_lib.reproduce table6_key_ideas $(OPTIONS)
 
-reproduce-figures: $(STAMP)  ## all figures beside Table 2's (about 3.5 h for 3 seeds, 2 cores)
+reproduce-figures: $(STAMP)  ## all figures beside Table 2's (estimated 5 h for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce figures $(OPTIONS)
 
 reproduce-all: $(STAMP)  ## all tables and figures, in order (about 5 h for 3 seeds, 2 cores; PROFILE=smoke: a trial)

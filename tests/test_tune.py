@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -64,6 +65,16 @@ def test_method_trials(space, method):
     assert 0 <= table["validation_ndcg@10"].iloc[0] <= 1
     assert len(record["values"]) == (1 if method == "linear" else tune.STUDENTS)
     assert json.loads(record["change"]) == SPACE["toy"]["methods"][method][0]
+
+
+def test_students_of_a_trial_do_not_share_the_teachers_seed(space, monkeypatch):
+    """They are those of Table 2: from the teacher's own first weights they would learn too well."""
+    seeds, real = [], tune.train_student
+    monkeypatch.setattr(tune, "train_student", lambda *given: seeds.append(given[3]) or real(*given))
+    tune.search("toy", "random+labels", 1, "cpu")
+    trial = tune.trials("toy", "random+labels")[0]
+    assert seeds == [replace(trial.run, student=number).student_seed for number in range(tune.STUDENTS)]
+    assert trial.run.seed not in seeds and len(set(seeds)) == tune.STUDENTS
 
 
 def test_the_test_set_is_not_read(space, monkeypatch):
