@@ -52,7 +52,9 @@ class Rollout:
     def __init__(self, task: Task, settings: FosterSettings, seed: int):
         self.settings, self.seed = settings, seed
         own = replace(task, model_settings=replace(task.model_settings, dropout=settings.dropout))
-        self.phi = Learner(own.new_model(seed), settings.inner_learning_rate, settings.inner_warmup)
+        self.phi = Learner(
+            own.new_model(seed), settings.inner_learning_rate, settings.inner_warmup, settings.inner_adapter_rate
+        )
         self.served, self.steps = 0, 0
 
     def reset(self, checkpoint: dict[str, Tensor]) -> None:
@@ -87,7 +89,8 @@ class Rollout:
 
         steps, inner = self.train(loss, data)
         windows = draw_windows()
-        subset = batch.subset if teacher else batch.subset.including(windows.targets)
+        uniform = teacher and not self.settings.probable
+        subset = batch.subset if uniform else batch.subset.including(windows.targets)
         outer = real_loss(self.phi.model, windows, subset, teacher)
         of_phi = list(torch.autograd.grad(outer, self.phi.parameters))
         of_data = look_back(self.phi, loss, data, steps, of_phi, self.settings.probe)

@@ -38,8 +38,8 @@ class EncoderSettings:
 class StudentSettings(TrainSettings):
     """`TrainSettings` of a model trained on synthetic sequences; an epoch is one full-batch step.
 
-    hard_learning_rate : in the place of `learning_rate` where targets are real next items, which
-    over-fit within a few steps.
+    hard_learning_rate : in the place of `learning_rate`, the adapter's included, where targets are
+    real next items, which over-fit within a few steps.
     """
 
     learning_rate: float = 5e-3

@@ -43,10 +43,12 @@ class FosterSettings:
     iterations : steps on the synthetic data
     hypergradient : how ∂L_real/∂S is found, "adjoint" or "penalty"
     subset : N, items drawn per iteration
+    probable : whether each subset holds the items besides that are most probable in a label of S, and
+        the real next items in L_real; few of the N would be among them
     windows : real windows per evaluation of L_real
     pool : students trained side by side, reset at different times
     inner_steps : W, steps of φ per iteration
-    inner_learning_rate, inner_warmup : of its Adam
+    inner_learning_rate, inner_warmup, inner_adapter_rate : of its Adam, see `TrainSettings`
     dropout : of φ, as of the students
     reset_every : R, iterations that φ serves between two resets
     fresh : share of the resets that go to a fresh warm start of a new seed, not to a checkpoint
@@ -62,11 +64,13 @@ class FosterSettings:
     iterations: int = 600
     hypergradient: str = "adjoint"
     subset: int = 512
+    probable: bool = True
     windows: int = 32
     pool: int = 4
     inner_steps: int = 4
     inner_learning_rate: float = 5e-3
     inner_warmup: int = 30
+    inner_adapter_rate: float = 1.0
     dropout: float = 0.1
     reset_every: int = 100
     fresh: float = 0.5
@@ -114,6 +118,7 @@ class Synthesizer:
             ],
             betas=(0.8, 0.99),
         )
+        self.wanted = start.wanted(self.f)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -122,7 +127,7 @@ class Synthesizer:
 
     def subset(self, drawn: Subset) -> Subset:
         """What S reads of the catalogue when `drawn` was drawn, its anchors aside."""
-        return drawn
+        return drawn.including(self.wanted) if self.settings.probable else drawn
 
     def batch(self, subset: Subset) -> SyntheticBatch:
         """S over the subset, differentiable."""

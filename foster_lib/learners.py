@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from foster_lib.sasrec import Dropout, SASRec
+from foster_lib.sasrec import Dropout, SASRec, rate_groups
 
 
 class Learner:
@@ -19,10 +19,12 @@ class Learner:
     learning_rate : float
     warmup : int
         Steps over which the learning rate rises after each reset.
+    adapter_rate : float
+        Learning rate of the adapter, as a multiple.
     """
 
-    def __init__(self, model: SASRec, learning_rate: float, warmup: int = 30):
-        self.model, self.learning_rate, self.warmup = model, learning_rate, warmup
+    def __init__(self, model: SASRec, learning_rate: float, warmup: int = 30, adapter_rate: float = 1.0):
+        self.model, self.learning_rate, self.warmup, self.adapter_rate = model, learning_rate, warmup, adapter_rate
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forget()
 
@@ -32,7 +34,7 @@ class Learner:
         self.forget()
 
     def forget(self) -> None:
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate)
+        self.optimizer = torch.optim.Adam(rate_groups(self.model, self.learning_rate, self.adapter_rate))
         self.steps = 0
 
     def seed_dropout(self, seed: int) -> None:
@@ -51,7 +53,8 @@ class Learner:
 
     def descend(self, gradients: Sequence[Tensor]) -> float:
         """One step of Adam along `gradients`, clipped to norm 1; returns the factor that clipped them."""
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.steps + 1) / self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_rate"] * min(1.0, (self.steps + 1) / self.warmup)
         for parameter, gradient in zip(self.parameters, gradients):
             parameter.grad = gradient.clone()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
@@ -61,8 +64,10 @@ class Learner:
 
     def preconditioner(self) -> list[Tensor]:
         """P of the last step: Adam moved the weights by −P m, m the running mean of the gradients."""
-        group, step = self.optimizer.param_groups[0], self.steps
-        beta1, beta2 = group["betas"]
-        rate = group["lr"] / (1 - beta1**step)
-        second = [self.optimizer.state[p]["exp_avg_sq"] / (1 - beta2**step) for p in self.parameters]
-        return [rate / (v.sqrt() + group["eps"]) for v in second]
+        found = {}
+        for group in self.optimizer.param_groups:
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for p in group["params"]:
+                second = self.optimizer.state[p]["exp_avg_sq"] / (1 - beta2**self.steps)
+                found[p] = rate / (1 - beta1**self.steps) / (second.sqrt() + group["eps"])
+        return [found[p] for p in self.parameters]

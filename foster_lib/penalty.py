@@ -39,7 +39,10 @@ class Pair:
         self.settings = settings
         task = replace(task, model_settings=replace(task.model_settings, dropout=settings.dropout))
         self.phi, self.theta = (
-            Learner(task.new_model(seed), settings.inner_learning_rate, settings.inner_warmup) for _ in range(2)
+            Learner(
+                task.new_model(seed), settings.inner_learning_rate, settings.inner_warmup, settings.inner_adapter_rate
+            )
+            for _ in range(2)
         )
         self.served, self.steps, self.seed = 0, 0, seed
 
@@ -77,7 +80,8 @@ class Pair:
 
         def joint_loss(model: SASRec, windows: Batch) -> Tensor:
             nonlocal outer
-            subset = batch.subset if teacher else batch.subset.including(windows.targets)
+            uniform = teacher and not self.settings.probable
+            subset = batch.subset if uniform else batch.subset.including(windows.targets)
             bank = FeatureBank(model, subset.items, batch.anchors, windows.inputs)
             synthetic = synthetic_loss(model, batch, bank)  # first: with the dropout masks that φ has drawn
             real = real_loss(model, windows, subset, teacher, bank)

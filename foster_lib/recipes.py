@@ -23,7 +23,7 @@ def train_student(
     """Train a fresh, warm-started recommender on synthetic sequences alone: (model, log)."""
     recipe = settings.student
     if sequences.labels is None:
-        recipe = replace(recipe, learning_rate=recipe.hard_learning_rate)
+        recipe = replace(recipe, learning_rate=recipe.hard_learning_rate, adapter_rate=1.0)
     student = replace(task, model_settings=replace(task.model_settings, dropout=recipe.dropout))
     model = student.new_model(seed)
     log = train(

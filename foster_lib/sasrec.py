@@ -214,6 +214,21 @@ class SASRec(nn.Module):
         return self
 
 
+def rate_groups(model: nn.Module, learning_rate: float, adapter_rate: float) -> list[dict]:
+    """Parameter groups for an optimiser: the adapter learns at `adapter_rate` times the `learning_rate` of the rest.
+
+    Item features start as mere text features and have the longest way to go; where training has few
+    steps, a rate that is right for the transformer leaves them behind. `full_rate` of a group keeps
+    the rate that a schedule multiplies.
+    """
+    trained = [(name.startswith("adapter."), p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = {True: adapter_rate * learning_rate, False: learning_rate}
+    return [
+        {"params": [p for inside, p in trained if inside == of_adapter], "lr": rate, "full_rate": rate}
+        for of_adapter, rate in rates.items()
+    ]
+
+
 def build_model(catalogue: nn.Module, settings: ModelSettings, seed: int, device: str = "cpu") -> SASRec:
     """A warm-started recommender on `device`; equal seeds give equal weights."""
     generator = torch.Generator(device="cpu").manual_seed(seed)

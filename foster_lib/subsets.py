@@ -169,5 +169,6 @@ def real_loss(
         return soft_cross_entropy(logits(model, hidden, bank(subset.items), subset), subset.positions(batch.targets)[0])
     with torch.no_grad():
         known = FeatureBank(teacher, subset.items, batch.inputs)
-        targets = teacher.scores(teacher.transform(known(batch.inputs))[batch.mask], known(subset.items)).softmax(-1)
-    return soft_cross_entropy(model.scores(hidden, bank(subset.items)), targets)
+        seen = teacher.transform(known(batch.inputs))[batch.mask]
+        targets = logits(teacher, seen, known(subset.items), subset).softmax(-1)
+    return soft_cross_entropy(logits(model, hidden, bank(subset.items), subset), targets)

@@ -29,6 +29,9 @@ from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inp
 POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus")
 """Tensors of `SyntheticSequences` with an entry per position."""
 
+MOST_PROBABLE = 3
+"""Items of each label that every item subset holds."""
+
 
 @dataclass(frozen=True)
 class SyntheticSequences:
@@ -101,9 +104,18 @@ class SyntheticSequences:
 
     # ---------------------------------------------------------------------- training data
 
-    def wanted(self) -> Tensor | None:
-        """Items that every subset has to hold, if any: hard targets."""
-        return self.targets[self.mask] if self.labels is None else None
+    def wanted(self, f: Tensor | None) -> Tensor:
+        """Items that every subset holds: hard targets, or the most probable items of each label.
+
+        Where the catalogue is large, few items of a uniform subset are probable anywhere in S: the
+        softmax over it would be about the order of items that are all out of the question.
+        """
+        if self.labels is None:
+            return torch.unique(self.targets[self.mask])
+        with torch.no_grad():
+            parts = self.labels[self.mask].split(100)  # the scores of all items at once would fill the memory
+            count = min(MOST_PROBABLE, len(f))
+            return torch.unique(torch.cat([(z @ f.T).topk(count, dim=-1).indices.flatten() for z in parts]))
 
     def batch(self, subset: Subset, f: Tensor | None) -> SyntheticBatch:
         """The sequences seen through an item subset; differentiable with respect to their tensors.
@@ -241,14 +253,14 @@ class SyntheticData:
     def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int):
         self.sequences, self.f, self.n_items = sequences, f, n_items
         self.size = size if 0 < size < n_items else n_items
+        self.wanted = sequences.wanted(f)
         self.everything = self.draw(np.random.default_rng()) if self.size == n_items else None
 
     def draw(self, generator: np.random.Generator) -> SyntheticBatch:
         sequences = self.sequences
         subset = sample_subset(self.n_items, self.size, generator).to(sequences.items.device)
-        wanted = sequences.wanted()
-        if wanted is not None and self.size < self.n_items:
-            subset = subset.including(wanted)
+        if self.size < self.n_items:
+            subset = subset.including(self.wanted)
         return sequences.batch(subset, self.f)
 
     def batches(self, generator: np.random.Generator) -> Iterable[SyntheticBatch]:

@@ -59,7 +59,7 @@ class TiedSequences(SyntheticSequences):
         bonus = self.next_of(self.bonus, self.end_bonus)
         return logits.scatter_add(-1, self.targets[..., None], bonus[..., None]).softmax(-1)
 
-    def wanted(self) -> Tensor:
+    def wanted(self, f: Tensor | None = None) -> Tensor:
         """All anchors, as input and as target."""
         return torch.unique(torch.cat([self.items.flatten(), self.targets[self.mask]]))
 

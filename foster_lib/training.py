@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from foster_lib.batches import Batch, make_batch, soft_cross_entropy
 from foster_lib.encoder import fast_precision
 from foster_lib.errors import FosterError
-from foster_lib.sasrec import SASRec
+from foster_lib.sasrec import SASRec, rate_groups
 from foster_lib.splits import windows
 from foster_lib.subsets import SyntheticBatch, real_loss, sample_subset
 
@@ -29,7 +29,8 @@ class TrainSettings:
     rising learning rate, then cosine to zero; clip : largest gradient norm; validate_every :
     epochs between validations, of which the best is kept; patience : validations without
     improvement before training stops (0: never); subset : items drawn per step for the softmax,
-    beside those that the batch itself names (0: the whole catalogue).
+    beside those that the batch itself names (0: the whole catalogue); adapter_rate : the adapter's
+    learning rate as a multiple of that of the rest.
     """
 
     learning_rate: float = 1e-3
@@ -41,6 +42,7 @@ class TrainSettings:
     validate_every: int = 1
     patience: int = 5
     subset: int = 0
+    adapter_rate: float = 1.0
 
 
 class TrainingData(Protocol):
@@ -150,12 +152,12 @@ def train(
     start = time.perf_counter()
     generator = np.random.default_rng(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.dim() > 1]
-    rest = [p for p in parameters if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-    )
+    groups = [
+        {**group, "params": [p for p in group["params"] if (p.dim() > 1) == matrices], "weight_decay": decay}
+        for group in rate_groups(model, settings.learning_rate, settings.adapter_rate)
+        for matrices, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups)
     mixed = torch.device(device).type == "cuda" and fast_precision(device) == "bf16"
     log, best, best_state = TrainLog(), -math.inf, None
 
@@ -179,7 +181,7 @@ def train(
             batch = batch.to(device)
             done = (epoch - 1 + (number + 0.5) / len(batches)) / settings.epochs
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warmup_cosine(done, settings.warmup)
+                group["lr"] = group["full_rate"] * warmup_cosine(done, settings.warmup)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed):
                 loss = data.loss(model, batch)
             if not torch.isfinite(loss):

@@ -15,7 +15,7 @@ from foster_lib.subsets import real_loss, sample_subset, synthetic_loss
 from foster_lib.training import make_batch
 from foster_lib.unrolled import FlatModel, math_attention
 
-FAST = FosterSettings(subset=20, windows=4, inner_steps=4, dropout=0.2)
+FAST = FosterSettings(subset=20, windows=4, inner_steps=4, dropout=0.2, inner_adapter_rate=3.0)
 
 
 @pytest.fixture
@@ -100,6 +100,18 @@ def test_the_gradient_has_length_one_and_goes_to_all_tensors(task, synthetic):
     assert float(flat(gradients).norm()) == pytest.approx(1, abs=1e-5)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     assert inner > 0 and outer > 0 and student.phi.steps == FAST.inner_steps
+
+
+@pytest.mark.parametrize("probable", [True, False])
+def test_the_real_loss_runs_over_the_real_next_items_too(task, synthetic, probable):
+    """With `probable` they are in the subset of L_real beside what S holds; without, the subset is as drawn."""
+    student = rollout(task, replace(FAST, probable=probable, dropout=0.0))
+    windows = make_batch(task.windows[:4])
+    batch = synthetic.batch(sample_subset(task.n_items, 20, np.random.default_rng(0)))
+    _, _, outer = student.gradient(synthetic, batch, lambda: windows, task.teacher)
+    subset = batch.subset.including(windows.targets) if probable else batch.subset
+    assert len(subset.items) > 20 or not probable
+    assert outer == pytest.approx(float(real_loss(student.phi.model, windows, subset, task.teacher).detach()), rel=1e-5)
 
 
 def test_reset_restores_identical_weights_and_forgets_the_optimiser(task, synthetic):

@@ -136,6 +136,48 @@ def test_learner_takes_adams_steps(task):
     assert float(model.log_scale.detach()) == pytest.approx(w, abs=1e-6)
 
 
+def test_the_adapter_learns_at_its_own_rate(task):
+    """Adam's first step moves every weight by the learning rate, the adapter's by `adapter_rate` times that."""
+    learner = Learner(task.new_model(0), learning_rate=0.01, warmup=1, adapter_rate=3.0)
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.descend([torch.ones_like(p) for p in learner.parameters])
+    for (name, p), P in zip(learner.model.named_parameters(), learner.preconditioner(), strict=True):
+        expected = 0.03 if name.startswith("adapter.") else 0.01
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, expected), rtol=1e-3, atol=1e-6)
+        gradient = learner.optimizer.state[p]["exp_avg"]
+        torch.testing.assert_close(P * gradient, before[name] - p.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_subsets_hold_what_is_probable_in_a_label(task, synthetic):
+    """With `probable`; the others of a subset then stand for what is left of the catalogue."""
+    drawn = sample_subset(task.n_items, 5, np.random.default_rng(0))
+    f = synthetic.f
+    best = {int(j) for z in synthetic.z_y.detach()[synthetic.start.mask] for j in (f @ z).topk(3).indices}
+    subset = synthetic.subset(drawn)
+    assert set(subset.items.tolist()) == best | set(drawn.items.tolist())
+    assert subset.log_weight.exp().sum() == pytest.approx(task.n_items, rel=1e-5)
+    assert Synthesizer(synthetic.start, task.embeddings, replace(FAST, probable=False)).subset(drawn) is drawn
+
+
+def test_weights_in_the_real_loss_stand_for_copies(task):
+    """An item of weight 2 counts like two items: the loss over the copies is more by the mean of log weights."""
+    model, real, teacher = task.new_model(3).eval(), make_batch(task.windows[:6]), task.teacher
+    items = torch.arange(0, 12)
+    weight = torch.where(items % 2 == 0, 2.0, 1.0)
+    subset = Subset(items, task.n_items, weight.log())
+    copies = items.repeat_interleave(weight.long())
+
+    def scores(judge):
+        features = judge.features()
+        return judge.scores(judge(real.inputs, features)[real.mask], features[copies])
+
+    with torch.no_grad():
+        y = scores(teacher).softmax(-1)
+        over_copies = -(y * scores(model).log_softmax(-1)).sum(-1).mean()
+        shift = (y * weight.repeat_interleave(weight.long()).log()).sum(-1).mean()
+        torch.testing.assert_close(real_loss(model, real, subset, teacher) + shift, over_copies)
+
+
 def test_theta_parts_from_phi_through_the_real_data_only(task, synthetic):
     """λ → ∞ leaves no real data: θ then takes φ's steps; with λ = 0 it fits the real loss better."""
     subset = sample_subset(task.n_items, 10**6, np.random.default_rng(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from foster_lib import coresets
+from foster_lib.config import load_profile
 from foster_lib.errors import FosterError
+from foster_lib.recipes import train_student
 from foster_lib.sasrec import build_model
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.training import TrainSettings, make_batch, train
@@ -135,6 +138,36 @@ def test_training_over_subsets_of_items(catalogue, hard):
     if hard:  # the softmax over the subset is that over the catalogue but for the noise in its normaliser
         assert np.mean(losses) == pytest.approx(expected, rel=0.03)
     assert s.training_data(e, size=V + 1).everything is not None
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_items_that_every_subset_holds(catalogue, hard):
+    """Hard targets, or the three most probable items of each label, against a search through all."""
+    s, e = SyntheticSequences.from_windows(windows(), LENGTH) if hard else full(), catalogue.embeddings
+    probable = s.target_probabilities(e)[s.mask].topk(1 if hard else 3).indices
+    data, generator = s.training_data(e, size=V // 4), np.random.default_rng(0)
+    assert torch.equal(data.wanted, torch.unique(probable))
+    for _ in range(5):
+        (batch,) = data.batches(generator)
+        assert torch.isin(probable, batch.subset.items).all()
+
+
+@pytest.mark.parametrize(("labelled", "rates"), [(True, [0.02, 0.005]), (False, [0.001, 0.001])])
+def test_students_rates(task, monkeypatch, labelled, rates):
+    """The adapter has its own rate where targets are probabilities; hard ones have the small rate throughout."""
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, groups):
+            super().__init__(groups)
+            seen.extend(sorted({group["full_rate"] for group in groups}, reverse=True))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    settings = load_profile("smoke").settings("ml-100k")
+    settings = replace(settings, student=replace(settings.student, adapter_rate=4.0, epochs=1))
+    sequences = coresets.kd(task, 3, seed=0)
+    train_student(task, sequences if labelled else replace(sequences, labels=None, adapter=None), settings, seed=0)
+    assert seen == sorted(set(rates), reverse=True)
 
 
 def test_a_student_learns_from_mixtures(catalogue):

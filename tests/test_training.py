@@ -217,7 +217,7 @@ def test_warmup_cosine_closed_form():
 
 
 def test_learning_rate_follows_the_schedule(model, data, monkeypatch):
-    """The optimizer sees learning_rate × warmup_cosine at every step, and decays matrices only."""
+    """Every step has learning_rate × warmup_cosine, the adapter's four times that; matrices alone decay."""
     seen, groups = [], []
 
     class Spy(torch.optim.AdamW):
@@ -227,15 +227,18 @@ def test_learning_rate_follows_the_schedule(model, data, monkeypatch):
             return super().step(*rest, **named)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    log = train(model, data, replace(QUICK, weight_decay=0.3), seed=0)
+    log = train(model, data, replace(QUICK, weight_decay=0.3, adapter_rate=4.0), seed=0)
     order = np.random.default_rng(0)
     counts = [len(list(data.batches(order))) for _ in range(QUICK.epochs)]
     assert sum(counts) == log.steps
     done = [(epoch + (i + 0.5) / n) / QUICK.epochs for epoch, n in enumerate(counts) for i in range(n)]
     expected = [QUICK.learning_rate * warmup_cosine(fraction, QUICK.warmup) for fraction in done]
     assert len(seen) == log.steps
-    np.testing.assert_allclose(seen, np.array([expected, expected]).T, atol=1e-12)
+    own = {id(p) for p in model.adapter.parameters()}
+    multiples = [4.0 if id(group["params"][0]) in own else 1.0 for group in groups]
+    np.testing.assert_allclose(seen, np.outer(expected, multiples), atol=1e-12)
     for group in groups:
+        assert len({id(p) in own for p in group["params"]}) == 1
         assert group["weight_decay"] == (0.3 if group["params"][0].dim() > 1 else 0.0)
         assert len({p.dim() > 1 for p in group["params"]}) == 1
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
