@@ -89,9 +89,7 @@ class Rollout:
 
         steps, inner = self.train(loss, data)
         windows = draw_windows()
-        uniform = teacher and not self.settings.probable
-        subset = batch.subset if uniform else batch.subset.including(windows.targets)
-        outer = real_loss(self.phi.model, windows, subset, teacher)
+        outer = real_loss(self.phi.model, windows, self.settings.judged(batch.subset, windows, teacher), teacher)
         of_phi = list(torch.autograd.grad(outer, self.phi.parameters))
         of_data = look_back(self.phi, loss, data, steps, of_phi, self.settings.probe)
         gradients = list(torch.autograd.grad(seen, synthetic.tensors, of_data, retain_graph=True))

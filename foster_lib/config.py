@@ -40,6 +40,8 @@ class StudentSettings(TrainSettings):
 
     hard_learning_rate : in the place of `learning_rate`, the adapter's included, where targets are
     real next items, which over-fit within a few steps.
+    likeness : weight of the likeness of items (`SyntheticSequences.likeness`) beside the labels, where the
+    sequences know of it.
     """
 
     learning_rate: float = 5e-3
@@ -48,6 +50,7 @@ class StudentSettings(TrainSettings):
     validate_every: int = 50
     patience: int = 4
     dropout: float = 0.1
+    likeness: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from foster_lib.errors import FosterError
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
+ALIKE = 12.0
+"""s of the items' likeness: the sharpness that recommenders start with (6 and 25 serve students less well)."""
+
 
 def candidates(task: Task) -> list[np.ndarray]:
     """What is chosen from: each user's latest window of at most L + 1 items."""
@@ -64,11 +67,12 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
 
     The teacher's hidden states, times its scale, are the label queries and its adapter gives the
     item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are
-    taken before tuning) and their size does not depend on the catalogue.
+    taken before tuning) and their size does not depend on the catalogue. Which items are alike comes with them.
     """
     teacher = task.teacher
     hidden = teacher(chosen.items.to(task.device), teacher.features())
-    return replace(chosen, adapter=teacher.adapter_weights(), labels=(teacher.log_scale.exp() * hidden).cpu())
+    labels = (teacher.log_scale.exp() * hidden).cpu()
+    return replace(chosen, adapter=teacher.adapter_weights(), labels=labels, alike=torch.tensor(ALIKE))
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:

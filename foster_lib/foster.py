@@ -29,6 +29,7 @@ from foster_lib.batches import Batch, make_batch
 from foster_lib.errors import FosterError, check_known
 from foster_lib.penalty import Pair
 from foster_lib.regulariser import FORMS, cooccurrence_regulariser
+from foster_lib.sasrec import SASRec
 from foster_lib.starts import start_sequences
 from foster_lib.subsets import Subset, SyntheticBatch, sample_subset
 from foster_lib.synthetic import SyntheticSequences
@@ -49,6 +50,7 @@ class FosterSettings:
     pool : students trained side by side, reset at different times
     inner_steps : W, steps of φ per iteration
     inner_learning_rate, inner_warmup, inner_adapter_rate : of its Adam, see `TrainSettings`
+    inner_likeness : weight of the likeness of items in L_syn, see `StudentSettings`
     dropout : of φ, as of the students
     reset_every : R, iterations that φ serves between two resets
     fresh : share of the resets that go to a fresh warm start of a new seed, not to a checkpoint
@@ -71,6 +73,7 @@ class FosterSettings:
     inner_learning_rate: float = 5e-3
     inner_warmup: int = 30
     inner_adapter_rate: float = 1.0
+    inner_likeness: float = 0.0
     dropout: float = 0.1
     reset_every: int = 100
     fresh: float = 0.5
@@ -89,6 +92,11 @@ class FosterSettings:
     def __post_init__(self) -> None:
         check_known(self.hypergradient, HYPERGRADIENTS, "hypergradient")
         check_known(self.regulariser_form, FORMS, "regulariser_form")
+
+    def judged(self, subset: Subset, windows: Batch, teacher: SASRec | None) -> Subset:
+        """The items that L_real runs over: the real next items are among them where they are its targets, or
+        where subsets hold what is `probable`."""
+        return subset if teacher and not self.probable else subset.including(windows.targets)
 
 
 HYPERGRADIENTS = {"adjoint": Rollout, "penalty": Pair}
@@ -118,7 +126,7 @@ class Synthesizer:
             ],
             betas=(0.8, 0.99),
         )
-        self.wanted = start.wanted(self.f)
+        self.wanted = start.wanted(self.f) if settings.probable else None
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -129,9 +137,13 @@ class Synthesizer:
         """What S reads of the catalogue when `drawn` was drawn, its anchors aside."""
         return drawn.including(self.wanted) if self.settings.probable else drawn
 
-    def batch(self, subset: Subset) -> SyntheticBatch:
-        """S over the subset, differentiable."""
-        return replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y).batch(subset, self.f)
+    def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:
+        """S over the subset, differentiable; `generator` draws the items whose likeness φ learns, None: none."""
+        now = replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y)
+        batch = now.batch(subset, self.f)
+        if generator is None or not self.settings.inner_likeness or now.alike is None:
+            return batch
+        return replace(batch, likeness=now.likeness(subset, self.f, generator, self.settings.inner_likeness))
 
     def regulariser(self, batch: SyntheticBatch) -> Tensor:
         """L_r of the batch; an anchor that was drawn counts in its column."""
@@ -217,7 +229,7 @@ def distill(
             student.reset(state())
         student.served += 1
         subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
-        batch = synthetic.batch(subset)
+        batch = synthetic.batch(subset, generator)
         gradients, inner, outer = student.gradient(synthetic, batch, draw_windows, teacher)
         regulariser = 0.0
         if settings.regulariser:

@@ -80,8 +80,7 @@ class Pair:
 
         def joint_loss(model: SASRec, windows: Batch) -> Tensor:
             nonlocal outer
-            uniform = teacher and not self.settings.probable
-            subset = batch.subset if uniform else batch.subset.including(windows.targets)
+            subset = self.settings.judged(batch.subset, windows, teacher)
             bank = FeatureBank(model, subset.items, batch.anchors, windows.inputs)
             synthetic = synthetic_loss(model, batch, bank)  # first: with the dropout masks that φ has drawn
             real = real_loss(model, windows, subset, teacher, bank)

@@ -28,7 +28,7 @@ def train_student(
     model = student.new_model(seed)
     log = train(
         model,
-        sequences.to(task.device).training_data(task.embeddings, recipe.subset),
+        sequences.to(task.device).training_data(task.embeddings, recipe.subset, recipe.likeness),
         recipe,
         seed=seed,
         validate=task.validate,

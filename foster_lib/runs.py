@@ -77,6 +77,8 @@ class Run:
             described["sequences"] = settings.sequences
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
+            if not method.needs_teacher:
+                del described["student"]["likeness"]  # which nobody knows
             described["student_seed"] = self.student_seed
         if method.labelled:
             described["labels"] = "teacher"

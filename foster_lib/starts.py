@@ -77,11 +77,11 @@ def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """Labels that know of the next item alone: z_y = s · f(e_target), with the teacher's scale s.
 
     As near to a hard target as labels of this form come: the rest of the probability lies on
-    items of similar features.
+    items of similar features. Which items are alike is the teacher's to say, and left out.
     """
     labelled = with_labels(task, chosen)
     f = labelled.features(task.embeddings.cpu())
-    return replace(labelled, labels=task.teacher.log_scale.exp().cpu() * f[chosen.targets])
+    return replace(labelled, labels=task.teacher.log_scale.exp().cpu() * f[chosen.targets], alike=None)
 
 
 ITEMS = {"k-means": packed_medoids, "random": random_histories, "noise": noise}

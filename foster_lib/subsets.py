@@ -6,7 +6,7 @@ the items of the drawn real windows are embedded, so a step costs the same for a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from foster_lib.batches import Batch, soft_cross_entropy
 from foster_lib.sasrec import SASRec
+
+NEVER = -1e4
+"""A logit of no probability; unlike -inf it may be multiplied by a target of 0."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,23 @@ def subset_inputs(
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """How alike some items of a subset are to the others, and how much a student heeds it.
+
+    rows : (M,) int64, places in the subset; y : (M, N) probabilities over it, 0 at the row's own item;
+    scale : s of their softmax; weight : of the cross-entropy beside that of the sequences
+    """
+
+    rows: Tensor
+    y: Tensor
+    scale: Tensor
+    weight: float
+
+    def to(self, device: str | torch.device) -> Likeness:
+        return replace(self, rows=self.rows.to(device), y=self.y.to(device), scale=self.scale.to(device))
+
+
+@dataclass(frozen=True)
 class SyntheticBatch:
     """S seen through one item subset.
 
@@ -106,6 +126,7 @@ class SyntheticBatch:
         Input probabilities of the subset's items and of each position's anchor; p None: the
         anchors alone are the inputs.
     y : (T, N) target probabilities, or (T,) places of the targets in the subset
+    likeness : what else `synthetic_loss` contains, if anything
     """
 
     subset: Subset
@@ -114,10 +135,10 @@ class SyntheticBatch:
     p: Tensor | None
     own: Tensor
     y: Tensor
+    likeness: Likeness | None = None
 
     def to(self, device: str | torch.device) -> SyntheticBatch:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SyntheticBatch(**{name: value if value is None else value.to(device) for name, value in own.items()})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     def detached(self) -> SyntheticBatch:
         return replace(self, p=self.p.detach(), own=self.own.detach(), y=self.y.detach())
@@ -136,7 +157,8 @@ class FeatureBank:
 
 
 def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | None = None) -> Tensor:
-    """L_syn: cross-entropy of the soft targets over the subset, inputs being mixtures.
+    """L_syn: cross-entropy of the soft targets over the subset, inputs being mixtures; and that of the batch's
+    likeness times its weight.
 
     bank : features of `model` where the caller has them, of the subset and the anchors at least.
     """
@@ -146,7 +168,21 @@ def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | Non
     if batch.p is not None:
         mixed = mixed + batch.p @ features
     hidden = model.transform(mixed)[batch.mask]
-    return soft_cross_entropy(logits(model, hidden, features, batch.subset), batch.y)
+    loss = soft_cross_entropy(logits(model, hidden, features, batch.subset), batch.y)
+    if batch.likeness is None:
+        return loss
+    return loss + batch.likeness.weight * likeness_loss(features, batch.subset, batch.likeness)
+
+
+def likeness_scores(features: Tensor, rows: Tensor, scale: Tensor, subset: Subset) -> Tensor:
+    """(M, N) logits s f_i · f_j of items i at `rows` and j ≠ i, from features (N, d) of the subset's items."""
+    scores = scale * (features[rows] @ features.T) + subset.log_weight
+    return scores.scatter(1, rows[:, None], NEVER)
+
+
+def likeness_loss(features: Tensor, subset: Subset, likeness: Likeness) -> Tensor:
+    """Cross-entropy from the given likeness of items to that of a model's `features` (N, d) of the subset's items."""
+    return soft_cross_entropy(likeness_scores(features, likeness.rows, likeness.scale, subset), likeness.y)
 
 
 def logits(model: SASRec, hidden: Tensor, features: Tensor, subset: Subset) -> Tensor:

@@ -24,13 +24,24 @@ from torch import Tensor
 from foster_lib.errors import FosterError
 from foster_lib.paths import write_atomically
 from foster_lib.sasrec import SASRec, adapt
-from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs, synthetic_loss
+from foster_lib.subsets import (
+    Likeness,
+    Subset,
+    SyntheticBatch,
+    likeness_scores,
+    sample_subset,
+    subset_inputs,
+    synthetic_loss,
+)
 
 POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus")
 """Tensors of `SyntheticSequences` with an entry per position."""
 
 MOST_PROBABLE = 3
 """Items of each label that every item subset holds."""
+
+LIKENESS_ROWS = 512
+"""Items of a subset that one step compares with all of it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,9 @@ class SyntheticSequences:
         z_y: the target at a position is y_j = softmax_j(z_y · f(e_j)).
     queries, bonus : (n, L, k) and (n, L), optional
         z_x and β: the input is the mixture p_j = softmax_j(z_x · f(e_j) + β·[j is the anchor]).
+    alike : (), optional
+        s: items i and j ≠ i are alike with probability softmax_j(s f(e_i) · f(e_j)). Absent where f has learnt
+        nothing of how items are used.
     """
 
     items: Tensor
@@ -60,6 +74,7 @@ class SyntheticSequences:
     labels: Tensor | None = None
     queries: Tensor | None = None
     bonus: Tensor | None = None
+    alike: Tensor | None = None
 
     @classmethod
     def from_windows(cls, pieces: list[np.ndarray], length: int) -> SyntheticSequences:
@@ -136,11 +151,26 @@ class SyntheticSequences:
             y = (self.labels[self.mask] @ f[subset.items].T + subset.log_weight).softmax(-1)
         return SyntheticBatch(subset, self.items, self.mask, p, own, y)
 
-    def training_data(self, embeddings: Tensor, size: int = 0) -> SyntheticData:
+    @torch.no_grad()
+    def likeness(self, subset: Subset, f: Tensor, generator: np.random.Generator, weight: float) -> Likeness:
+        """How alike items are, whatever the sequence, for `LIKENESS_ROWS` items of the subset, drawn at random.
+
+        A thousand labels say where an item stands as seen from a thousand contexts; this says where it stands
+        among its neighbours.
+        """
+        rows = np.sort(generator.choice(len(subset.items), min(LIKENESS_ROWS, len(subset.items)), replace=False))
+        rows = torch.from_numpy(rows).to(f.device)
+        y = likeness_scores(f[subset.items], rows, self.alike, subset).softmax(-1)
+        return Likeness(rows, y, self.alike, weight)
+
+    def training_data(self, embeddings: Tensor, size: int = 0, likeness: float = 0.0) -> SyntheticData:
         """What `training.train` reads: all sequences as one batch per epoch, over `size` items drawn anew
-        each time (0: the whole catalogue of `embeddings`)."""
+        each time (0: the whole catalogue of `embeddings`).
+
+        likeness : weight of the `likeness` of items, if the sequences say which are alike
+        """
         f = None if self.labels is None and self.queries is None else self.features(embeddings)
-        return SyntheticData(self, f, len(embeddings), size)
+        return SyntheticData(self, f, len(embeddings), size, 0.0 if self.alike is None else likeness)
 
     # --------------------------------------------------------------------------- reading
 
@@ -248,23 +278,32 @@ class SyntheticData:
         See `SyntheticSequences.batch`.
     n_items : |V|
     size : items drawn per step, 0: all
+    likeness : weight of `SyntheticSequences.likeness`
     """
 
-    def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int):
-        self.sequences, self.f, self.n_items = sequences, f, n_items
+    def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int, likeness: float = 0.0):
+        self.sequences, self.f, self.n_items, self.likeness = sequences, f, n_items, likeness
         self.size = size if 0 < size < n_items else n_items
-        self.wanted = sequences.wanted(f)
-        self.everything = self.draw(np.random.default_rng()) if self.size == n_items else None
+        if self.size < n_items:
+            self.wanted = sequences.wanted(f)
+        else:
+            all_items = torch.arange(n_items, device=sequences.items.device)
+            self.everything = sequences.batch(Subset.uniform(all_items, n_items), f)
 
     def draw(self, generator: np.random.Generator) -> SyntheticBatch:
-        sequences = self.sequences
-        subset = sample_subset(self.n_items, self.size, generator).to(sequences.items.device)
+        """S over the items of one step."""
         if self.size < self.n_items:
-            subset = subset.including(self.wanted)
-        return sequences.batch(subset, self.f)
+            subset = sample_subset(self.n_items, self.size, generator).to(self.sequences.items.device)
+            batch = self.sequences.batch(subset.including(self.wanted), self.f)
+        else:
+            batch = self.everything
+        if self.likeness:
+            likeness = self.sequences.likeness(batch.subset, self.f, generator, self.likeness)
+            batch = replace(batch, likeness=likeness)
+        return batch
 
     def batches(self, generator: np.random.Generator) -> Iterable[SyntheticBatch]:
-        yield self.everything or self.draw(generator)
+        yield self.draw(generator)
 
     def loss(self, model: SASRec, batch: SyntheticBatch) -> Tensor:
         return synthetic_loss(model, batch)

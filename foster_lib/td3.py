@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foster_lib.coresets import ALIKE
 from foster_lib.encoder import load_tensors
 from foster_lib.errors import FosterError, check_known
 from foster_lib.subsets import Subset, sample_subset
@@ -230,7 +231,8 @@ class TuckerSequences(FactoredSequences):
     @classmethod
     def from_factors(cls, **factors) -> TuckerSequences:
         queries = tucker_queries(factors["users"], factors["times"], factors["core"])
-        return cls(**cls.tensors_of(queries), **factors)
+        # The item features are a teacher's, so that students learn from them which items are alike, as with any labels.
+        return cls(**cls.tensors_of(queries), alike=torch.tensor(ALIKE), **factors)
 
 
 # ----------------------------------------------------------------------- the algorithm

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -117,8 +118,8 @@ class TiedSynthesizer(Synthesizer):
     def subset(self, drawn: Subset) -> Subset:
         return drawn.including(self.start.wanted())
 
-    def batch(self, subset: Subset) -> SyntheticBatch:
-        """S over the subset, differentiable."""
+    def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:
+        """S over the subset, differentiable; without a teacher, it does not know which items are alike."""
         return self.learned(self.z, self.beta).batch(subset, self.f)
 
     def learned(self, z: list[Tensor], beta: list[Tensor]) -> TiedSequences:
