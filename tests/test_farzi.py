@@ -103,8 +103,8 @@ def test_a_step_along_the_meta_gradient_lowers_the_outer_loss(task):
         length = torch.cat([g.flatten() for g in gradients]).norm()
         with torch.no_grad():
             for tensor, gradient in zip(factors, gradients):
-                tensor -= 0.3 * gradient / length
-    assert (np.diff(course) < 0).all() and course[-1] < course[0] - 1e-3
+                tensor -= 0.05 * gradient / length  # six times as long, the last overshoot on some processors
+    assert (np.diff(course) < -1e-3).all()
 
 
 def test_distilling_is_reproducible_and_depends_on_its_seed(task):

@@ -166,7 +166,8 @@ def test_students_rates(task, monkeypatch, labelled, rates):
     settings = load_profile("smoke").settings("ml-100k")
     settings = replace(settings, student=replace(settings.student, adapter_rate=4.0, epochs=1))
     sequences = coresets.kd(task, 3, seed=0)
-    train_student(task, sequences if labelled else replace(sequences, labels=None, adapter=None, alike=None), settings, seed=0)
+    hard = replace(sequences, labels=None, adapter=None, alike=None)
+    train_student(task, sequences if labelled else hard, settings, seed=0)
     assert seen == sorted(set(rates), reverse=True)
 
 
