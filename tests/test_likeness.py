@@ -15,8 +15,11 @@ from foster_lib.config import load_profile
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.methods import get_method
 from foster_lib.recipes import train_student
+from foster_lib.runs import Run
+from foster_lib.starts import start_sequences
 from foster_lib.subsets import Likeness, Subset, likeness_loss, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
+from foster_lib.td3 import TuckerSequences, start_factors
 
 FAST = FosterSettings(iterations=3, windows=4, pool=1, subset=40, inner_likeness=0.7)
 
@@ -96,6 +99,26 @@ def test_without_a_teacher_there_is_no_likeness(task, method):
     sequences = get_method(method).function(task, sequences=4, seed=0, **few)
     assert sequences.alike is None
     assert sequences.training_data(task.embeddings, likeness=1.0).draw(np.random.default_rng(0)).likeness is None
+
+
+def test_hard_labels_have_none_though_they_are_written_in_the_teachers_features(task):
+    assert start_sequences(task, 4, 0, labels="hard").alike is None
+    assert float(start_sequences(task, 4, 0, labels="teacher").alike) == coresets.ALIKE
+
+
+def test_factors_of_td3_tell_it_as_labels_do(task):
+    """Its item factors are the teacher's features, so that its students learn no less of them than FOSTER's."""
+    users, times, core = start_factors(3, task.length + 1, 2, task.model_settings.width, 0)
+    adapter = task.teacher.adapter_weights()
+    sequences = TuckerSequences.from_factors(users=users, times=times, core=core, adapter=adapter)
+    assert float(sequences.alike) == coresets.ALIKE
+
+
+@pytest.mark.parametrize(("method", "differs"), [("random", False), ("kd", True), ("random+labels", True)])
+def test_only_runs_with_a_teacher_depend_on_it(method, differs):
+    settings = load_profile("smoke").settings("ml-100k")
+    without = replace(settings, student=replace(settings.student, likeness=0.0))
+    assert (Run(settings, method, 0).description() != Run(without, method, 0).description()) == differs
 
 
 def test_the_file_keeps_it(labelled, tmp_path):
