@@ -30,6 +30,8 @@ from foster_lib.evaluation import METRICS, Ranks
 from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
 
 SCHEMA = 1
+COMPACT = {"compression": "zstd", "compression_level": 19, "use_dictionary": False, "use_byte_stream_split": True}
+"""How ranks are written: small numbers, whose higher bytes are mostly zero, take a fifth of pandas' default."""
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
     *("splits", "encoder", "sasrec", "batches", "subsets"),
@@ -146,7 +148,9 @@ def _checked(path: Path) -> dict[str, Any]:
 def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks) -> Path:
     """Write the per-user ranks, then the manifest: a run without its ranks is never seen."""
     frame = ranks.to_frame()
-    write_atomically(path.with_suffix(".parquet"), lambda temporary: frame.to_parquet(temporary, index=False))
+    write_atomically(
+        path.with_suffix(".parquet"), lambda temporary: frame.to_parquet(temporary, index=False, **COMPACT)
+    )
     return write_text(path, json.dumps({"schema": SCHEMA, **manifest}, indent=1, sort_keys=True) + "\n")
 
 
