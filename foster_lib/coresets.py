@@ -18,7 +18,7 @@ from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
 ALIKE = 12.0
-"""s of the items' likeness: the sharpness that recommenders start with (6 and 25 serve students less well)."""
+"""s of the items' likeness: the sharpness that recommenders start with (half of it serves students less well)."""
 
 
 def candidates(task: Task) -> list[np.ndarray]:
