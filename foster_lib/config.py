@@ -21,7 +21,7 @@ PROFILES = Path(__file__).parent / "profiles"
 MAY_BE_ZERO = ("patience", "adapter_hidden", "inner_warmup")
 """Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
-BUDGET = ("sequences", "sequence_length")
+BUDGET = ("sequences", "sequence_length", "readings")
 KEYS = ("base", "description", "datasets", "split", "seeds", "students", "per_dataset", "table2", *BUDGET, *SECTIONS)
 
 
@@ -59,6 +59,7 @@ class Settings:
 
     sequence_length : positions of a synthetic sequence, a multiple of model.length: the model reads
     it in windows of that length, as it does real sequences (0: one window)
+    readings : of how many ways of cutting them into windows the teacher labels each, a divisor of model.length
     """
 
     dataset: str
@@ -71,6 +72,7 @@ class Settings:
     student: StudentSettings
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     sequence_length: int = 0
+    readings: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,16 @@ class Profile:
             raise FosterError(
                 f"{where}: sequence_length must be a multiple of model.length {model.length}, not {length}."
             )
+        readings = merged.get("readings", 1)
+        if type(readings) is not int or readings < 1 or model.length % readings:
+            raise FosterError(f"{where}: readings must be a divisor of model.length {model.length}, not {readings}.")
         return Settings(
             dataset=dataset,
             profile=self.name,
             split=split or self.split,
             sequences=merged.get("sequences", 20),
             sequence_length=length,
+            readings=readings,
             encoder=build(EncoderSettings, merged.get("encoder", {}), f"encoder of {where}"),
             model=model,
             full=build(TrainSettings, merged.get("full", {}), f"full of {where}"),

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from torch import Tensor
 
 from foster_lib.errors import FosterError
-from foster_lib.synthetic import SyntheticSequences
+from foster_lib.synthetic import SyntheticSequences, cut_positions
 from foster_lib.task import Task
 
 ALIKE = 12.0
@@ -67,12 +68,23 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
 
     The teacher's hidden states, times its scale, are the label queries and its adapter gives the
     item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are
-    taken before tuning) and their size does not depend on the catalogue. Which items are alike comes with them.
+    taken before tuning) and their size does not depend on the catalogue. Which items are alike comes with them, and
+    where sequences have several readings, the labels of each.
     """
     teacher = task.teacher
-    hidden = teacher(chosen.items.to(task.device), teacher.features())
-    labels = (teacher.log_scale.exp() * hidden).cpu()
-    return replace(chosen, adapter=teacher.adapter_weights(), labels=labels, alike=torch.tensor(ALIKE))
+    features = teacher.features()
+
+    def label(items: Tensor) -> Tensor:
+        return (teacher.log_scale.exp() * teacher(items.to(task.device), features)).cpu()
+
+    labelled = replace(chosen, adapter=teacher.adapter_weights(), labels=label(chosen.items), alike=torch.tensor(ALIKE))
+    if task.readings == 1:
+        return labelled
+    shifted = []
+    for number in range(1, task.readings):
+        order = cut_positions(chosen.items.shape[1], task.length, number * task.length // task.readings)
+        shifted.append(label(chosen.items[:, order.clamp(min=0)])[:, order >= 0])  # positions keep their order
+    return replace(labelled, shifted_labels=torch.stack(shifted, 2), window=torch.tensor(task.length))
 
 
 def farthest_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:

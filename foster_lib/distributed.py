@@ -12,7 +12,6 @@ training differs from that of one process by rounding alone, and for its key wha
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -32,8 +31,8 @@ from foster_lib.cli import changed_settings
 from foster_lib.errors import FosterError, complain
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.execution import resolve_device
-from foster_lib.paths import new_folder, shown, write_text
-from foster_lib.recipes import _save_weights as save_weights
+from foster_lib.paths import new_folder, shown
+from foster_lib.recipes import full_data, save_best, save_checkpoint
 from foster_lib.runs import Run, load_catalogue, make_task, trained, trajectory_folder
 from foster_lib.sasrec import Dropout, SASRec
 from foster_lib.splits import Queries
@@ -144,18 +143,15 @@ def shared_validation(task: Task, team: Team, model: SASRec) -> float:
 def train_full_shared(task: Task, settings: TrainSettings, seed: int, folder: Path, progress: str = "") -> TrainLog:
     """`recipes.train_full` by all processes of the group that is set up; process 0 records it in `folder`."""
     team, model = Team.here(), task.new_model(seed)
-    data = RealSequences(
-        task.train, task.length, settings.batch_size, task.train_timestamps, task.n_items, settings.subset
-    )
     with new_folder(folder) if team.rank == 0 else nullcontext() as working:
 
         def record(epoch: int, model: SASRec) -> None:
             if working:
-                save_weights(model, working / f"epoch-{epoch:03d}.safetensors")
+                save_checkpoint(model, epoch, working)
 
         log = train(
             model,
-            SharedSequences(data, model, team),
+            SharedSequences(full_data(task, settings), model, team),
             settings,
             seed=seed,
             validate=lambda model: shared_validation(task, team, model),
@@ -164,17 +160,7 @@ def train_full_shared(task: Task, settings: TrainSettings, seed: int, folder: Pa
             progress=progress if working else "",
         )
         if working:
-            save_weights(model, working / "best.safetensors")
-            details = {
-                "seconds": round(log.seconds, 2),
-                "epochs": len(log.losses),
-                "kept_epoch": log.best_epoch,
-                "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
-                "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
-                "processes": team.size,
-                "losses": log.losses,
-            }
-            write_text(working / "log.json", json.dumps(details))
+            save_best(model, log, task, working, processes=team.size, losses=log.losses)
     dist.barrier()  # until it is written
     return log
 

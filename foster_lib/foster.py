@@ -109,6 +109,7 @@ class Synthesizer:
     """The learnable tensors of S with their optimiser; another form of S is a subclass (`tied`)."""
 
     reads_teacher = True  # in L_real
+    number = 0  # of the reading that this iteration is about
 
     def __init__(self, start: SyntheticSequences, embeddings: Tensor, settings: FosterSettings):
         if start.labels is None:
@@ -126,20 +127,33 @@ class Synthesizer:
             ],
             betas=(0.8, 0.99),
         )
-        self.wanted = start.wanted(self.f) if settings.probable else None
+        readings = [start.reading(number) for number in range(start.readings)]
+        self.wanted = [reading.wanted(self.f) for reading in readings] if settings.probable else None
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.z_x, self.bonus, self.z_y]
 
+    def turn(self, generator: np.random.Generator) -> None:
+        """Draw the reading of the next iteration."""
+        if self.start.readings > 1:
+            self.number = int(generator.integers(self.start.readings))
+
     def subset(self, drawn: Subset) -> Subset:
         """What S reads of the catalogue when `drawn` was drawn, its anchors aside."""
-        return drawn.including(self.wanted) if self.settings.probable else drawn
+        return drawn.including(self.wanted[self.number]) if self.settings.probable else drawn
+
+    def learned(self) -> SyntheticSequences:
+        """S as it is. What a label has learnt holds for all readings of its position."""
+        now = replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y)
+        if self.start.shifted_labels is None:
+            return now
+        return replace(now, shifted_labels=self.start.shifted_labels + (self.z_y - self.start.labels)[:, :, None])
 
     def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:
         """S over the subset, differentiable; `generator` draws the items whose likeness φ learns, None: none."""
-        now = replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y)
+        now = self.learned().reading(self.number)
         batch = now.batch(subset, self.f)
         if generator is None or not self.settings.inner_likeness or now.alike is None:
             return batch
@@ -170,9 +184,7 @@ class Synthesizer:
         self.optimizer.step()
 
     def result(self) -> SyntheticSequences:
-        return replace(
-            self.start, queries=self.z_x.detach().cpu(), bonus=self.bonus.detach().cpu(), labels=self.z_y.detach().cpu()
-        ).to("cpu")
+        return self.learned().detached()
 
 
 def distill(
@@ -228,6 +240,7 @@ def distill(
         if student.served == settings.reset_every:
             student.reset(state())
         student.served += 1
+        synthetic.turn(generator)
         subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
         batch = synthetic.batch(subset, generator)
         gradients, inner, outer = student.gradient(synthetic, batch, draw_windows, teacher)

@@ -47,29 +47,44 @@ def train_full(
     """
     with new_folder(folder) as working:
         model = task.new_model(seed)
-        data = RealSequences(
-            task.train, task.length, settings.batch_size, task.train_timestamps, task.n_items, settings.subset
-        )
         log = train(
             model,
-            data,
+            full_data(task, settings),
             settings,
             seed=seed,
             validate=task.validate,
-            on_epoch=lambda epoch, model: _save_weights(model, working / f"epoch-{epoch:03d}.safetensors"),
+            on_epoch=lambda epoch, model: save_checkpoint(model, epoch, working),
             device=task.device,
             progress=progress,
         )
-        _save_weights(model, working / "best.safetensors")
-        details = {
-            "seconds": round(log.seconds, 2),
-            "epochs": len(log.losses),
-            "kept_epoch": log.best_epoch,
-            "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
-            "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
-        }
-        write_text(working / "log.json", json.dumps(details))
+        save_best(model, log, task, working)
     return model, log
+
+
+def full_data(task: Task, settings: TrainSettings) -> RealSequences:
+    """All training sequences, as `settings` wants them batched."""
+    return RealSequences(
+        task.train, task.length, settings.batch_size, task.train_timestamps, task.n_items, settings.subset
+    )
+
+
+def save_checkpoint(model: SASRec, epoch: int, folder: Path) -> None:
+    """One of the trajectory's checkpoints, which `Task.trajectory` reads."""
+    _save_weights(model, folder / f"epoch-{epoch:03d}.safetensors")
+
+
+def save_best(model: SASRec, log: TrainLog, task: Task, folder: Path, **more: object) -> None:
+    """The model that is kept, which `Task.teacher` reads; and how training went, `more` besides."""
+    _save_weights(model, folder / "best.safetensors")
+    details = {
+        "seconds": round(log.seconds, 2),
+        "epochs": len(log.losses),
+        "kept_epoch": log.best_epoch,
+        "validation_curve": {str(epoch): round(value, 5) for epoch, value in log.validation.items()},
+        "interactions_per_second": round(len(log.losses) * sum(len(s) - 1 for s in task.train) / log.seconds),
+        **more,
+    }
+    write_text(folder / "log.json", json.dumps(details))
 
 
 def _save_weights(model: torch.nn.Module, path: Path) -> None:

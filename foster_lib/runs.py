@@ -77,7 +77,9 @@ class Run:
             described["sequences"] = settings.sequences
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
-            if not method.needs_teacher:
+            if method.needs_teacher:
+                described["readings"] = settings.readings
+            else:
                 del described["student"]["likeness"]  # which nobody knows
             described["student_seed"] = self.student_seed
         if method.labelled:
@@ -271,6 +273,7 @@ def make_task(run: Run, device: str = "cpu") -> Task:
         catalogue=load_catalogue(settings.dataset, settings.encoder, device),
         model_settings=settings.model,
         synthetic_length=settings.sequence_length,
+        readings=settings.readings,
         trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
         device=device,
     )

@@ -29,25 +29,31 @@ def packed_medoids(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     FosterError
         If there are fewer users than windows.
     """
-    windows = task.sequence_length // task.length
-    pool = [history[-(task.length + 1) :] for history in checked_pool(task, sequences * windows)]
-    chosen = medoids(task, pool, sequences * windows, seed)
-    return SyntheticSequences.from_windows([pool[i] for i in chosen], task.length).joined(windows)
+    pool, count = latest_windows(task, sequences)
+    return packed(task, [pool[i] for i in medoids(task, pool, count, seed)])
 
 
 def random_histories(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """A random user's latest items in each window that the model reads."""
-    windows = task.sequence_length // task.length
-    pool = checked_pool(task, sequences * windows)
-    chosen = np.random.default_rng(seed).choice(len(pool), sequences * windows, replace=False)
-    return SyntheticSequences.from_windows([pool[i][-(task.length + 1) :] for i in chosen], task.length).joined(windows)
+    pool, count = latest_windows(task, sequences)
+    return packed(task, [pool[i] for i in np.random.default_rng(seed).choice(len(pool), count, replace=False)])
 
 
 def noise(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     """Items drawn uniformly from the catalogue, at every position."""
-    windows = task.sequence_length // task.length
-    drawn = np.random.default_rng(seed).integers(task.n_items, size=(sequences * windows, task.length + 1))
-    return SyntheticSequences.from_windows(list(drawn), task.length).joined(windows)
+    shape = (sequences * (task.sequence_length // task.length), task.length + 1)
+    return packed(task, list(np.random.default_rng(seed).integers(task.n_items, size=shape)))
+
+
+def latest_windows(task: Task, sequences: int) -> tuple[list[np.ndarray], int]:
+    """Each user's latest window that the model reads, and how many of them `sequences` sequences hold."""
+    count = sequences * (task.sequence_length // task.length)
+    return [history[-(task.length + 1) :] for history in checked_pool(task, count)], count
+
+
+def packed(task: Task, pieces: list[np.ndarray]) -> SyntheticSequences:
+    """Sequences of as many of these windows as fit, one after another."""
+    return SyntheticSequences.from_windows(pieces, task.length).joined(task.sequence_length // task.length)
 
 
 @torch.no_grad()
@@ -77,11 +83,12 @@ def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """Labels that know of the next item alone: z_y = s · f(e_target), with the teacher's scale s.
 
     As near to a hard target as labels of this form come: the rest of the probability lies on
-    items of similar features. Which items are alike is the teacher's to say, and left out.
+    items of similar features. Which items are alike is the teacher's to say, and left out, as are further readings.
     """
     labelled = with_labels(task, chosen)
     f = labelled.features(task.embeddings.cpu())
-    return replace(labelled, labels=task.teacher.log_scale.exp().cpu() * f[chosen.targets], alike=None)
+    labels = task.teacher.log_scale.exp().cpu() * f[chosen.targets]
+    return replace(labelled, labels=labels, alike=None, shifted_labels=None, window=None)
 
 
 ITEMS = {"k-means": packed_medoids, "random": random_histories, "noise": noise}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -152,7 +153,8 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
                 value = build(type(before), {**asdict(before), **value}, f"{section} of a study")
             if section == "model":  # a synthetic sequence keeps its number of windows
                 windows = settings.sequence_length // settings.model.length
-                settings = replace(settings, sequence_length=windows * value.length)
+                readings = math.gcd(settings.readings, value.length)
+                settings = replace(settings, sequence_length=windows * value.length, readings=readings)
             settings = replace(settings, **{section: value})
     return settings
 

@@ -34,7 +34,7 @@ from foster_lib.subsets import (
     synthetic_loss,
 )
 
-POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus")
+POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus", "shifted_labels")
 """Tensors of `SyntheticSequences` with an entry per position."""
 
 MOST_PROBABLE = 3
@@ -65,6 +65,10 @@ class SyntheticSequences:
     alike : (), optional
         s: items i and j ≠ i are alike with probability softmax_j(s f(e_i) · f(e_j)). Absent where f has learnt
         nothing of how items are used.
+    shifted_labels : (n, L, R - 1, k), optional
+        z_y of the further `reading`s.
+    window : (), int, where there are shifted labels
+        Positions that the model reads at a time.
     """
 
     items: Tensor
@@ -75,6 +79,8 @@ class SyntheticSequences:
     queries: Tensor | None = None
     bonus: Tensor | None = None
     alike: Tensor | None = None
+    shifted_labels: Tensor | None = None
+    window: Tensor | None = None
 
     @classmethod
     def from_windows(cls, pieces: list[np.ndarray], length: int) -> SyntheticSequences:
@@ -94,6 +100,29 @@ class SyntheticSequences:
         """Every `count` sequences one after another, as one: n / count sequences of count · L positions."""
         tensors = {name: getattr(self, name) for name in POSITIONAL if getattr(self, name) is not None}
         return replace(self, **{k: t.reshape(-1, count * t.shape[1], *t.shape[2:]) for k, t in tensors.items()})
+
+    # -------------------------------------------------------------------------- readings
+
+    @property
+    def readings(self) -> int:
+        """R, ways of cutting the sequences into the windows that the model reads, each with labels of its own."""
+        return 1 if self.shifted_labels is None else 1 + self.shifted_labels.shape[2]
+
+    def reading(self, number: int) -> SyntheticSequences:
+        """The sequences cut elsewhere, as real ones are in each epoch: the first window ends `number` / R of a
+        window after the start. A position then has another history, so another label.
+
+        Reading 0 are the sequences themselves; the others are one window longer, with padding after the first
+        and the last window.
+        """
+        if number == 0:
+            return replace(self, shifted_labels=None, window=None)
+        length = int(self.window)
+        order = cut_positions(self.items.shape[1], length, number * length // self.readings).to(self.items.device)
+        names = [name for name in POSITIONAL[:-1] if getattr(self, name) is not None]
+        now = {name: getattr(self, name)[:, order.clamp(min=0)] for name in names}
+        now["labels"] = self.shifted_labels[:, order.clamp(min=0), number - 1]
+        return replace(self, **now | {"mask": now["mask"] & (order >= 0)}, shifted_labels=None, window=None)
 
     # --------------------------------------------------------------------- probabilities
 
@@ -254,8 +283,20 @@ class SyntheticSequences:
             raise FosterError(f"{path}: holds {sorted(tensors)}, not synthetic sequences. Distil them again.")
         return cls._from_tensors(_restored(tensors))
 
+    def detached(self) -> SyntheticSequences:
+        """Without gradients, on the CPU."""
+        return self._from_tensors({name: tensor.detach().cpu() for name, tensor in self.tensors().items()})
+
     def to(self, device: str | torch.device) -> SyntheticSequences:
         return self._from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+
+def cut_positions(positions: int, length: int, first: int) -> Tensor:
+    """Which of a sequence's positions stand in windows of `length`, the first of which ends after `first` (more than
+    0) of them: (`positions` + `length`,), -1 for padding. `positions` is a multiple of `length`.
+    """
+    order = torch.arange(positions)
+    return torch.cat([F.pad(order[:first], (0, length - first), value=-1), F.pad(order[first:], (0, first), value=-1)])
 
 
 def _tensor_path(path: Path) -> Path:
@@ -269,7 +310,7 @@ def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class SyntheticData:
-    """Training data of one batch: an epoch is a step.
+    """Training data of one batch: an epoch is a step, on a reading drawn at random.
 
     Parameters
     ----------
@@ -284,19 +325,21 @@ class SyntheticData:
     def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int, likeness: float = 0.0):
         self.sequences, self.f, self.n_items, self.likeness = sequences, f, n_items, likeness
         self.size = size if 0 < size < n_items else n_items
+        self.readings = [sequences.reading(number) for number in range(sequences.readings)]
         if self.size < n_items:
-            self.wanted = sequences.wanted(f)
+            self.wanted = [reading.wanted(f) for reading in self.readings]
         else:
-            all_items = torch.arange(n_items, device=sequences.items.device)
-            self.everything = sequences.batch(Subset.uniform(all_items, n_items), f)
+            whole = Subset.uniform(torch.arange(n_items, device=sequences.items.device), n_items)
+            self.everything = [reading.batch(whole, f) for reading in self.readings]
 
     def draw(self, generator: np.random.Generator) -> SyntheticBatch:
-        """S over the items of one step."""
+        """One reading of S over the items of one step."""
+        number = int(generator.integers(len(self.readings))) if len(self.readings) > 1 else 0
         if self.size < self.n_items:
             subset = sample_subset(self.n_items, self.size, generator).to(self.sequences.items.device)
-            batch = self.sequences.batch(subset.including(self.wanted), self.f)
+            batch = self.readings[number].batch(subset.including(self.wanted[number]), self.f)
         else:
-            batch = self.everything
+            batch = self.everything[number]
         if self.likeness:
             likeness = self.sequences.likeness(batch.subset, self.f, generator, self.likeness)
             batch = replace(batch, likeness=likeness)

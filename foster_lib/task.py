@@ -42,6 +42,8 @@ class Task:
     device : str
     synthetic_length : int
         Positions of a synthetic sequence; 0: as many as the model reads at a time.
+    readings : int
+        R, see `SyntheticSequences.readings`, of sequences with a teacher's labels.
     """
 
     dataset: Dataset
@@ -53,6 +55,7 @@ class Task:
     trajectory_folder: Path | None = None
     device: str = "cpu"
     synthetic_length: int = 0
+    readings: int = 1
 
     @property
     def n_items(self) -> int:

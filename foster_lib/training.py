@@ -30,7 +30,8 @@ class TrainSettings:
     epochs between validations, of which the best is kept; patience : validations without
     improvement before training stops (0: never); subset : items drawn per step for the softmax,
     beside those that the batch itself names (0: the whole catalogue); adapter_rate : the adapter's
-    learning rate as a multiple of that of the rest.
+    learning rate as a multiple of that of the rest; mixed_precision : matrix products in bfloat16, about
+    twice as fast on processors with AVX512-BF16 or AMX (on a GPU that has bfloat16, always).
     """
 
     learning_rate: float = 1e-3
@@ -43,6 +44,7 @@ class TrainSettings:
     patience: int = 5
     subset: int = 0
     adapter_rate: float = 1.0
+    mixed_precision: bool = False
 
 
 class TrainingData(Protocol):
@@ -158,7 +160,8 @@ def train(
         for matrices, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups)
-    mixed = torch.device(device).type == "cuda" and fast_precision(device) == "bf16"
+    on_gpu = torch.device(device).type == "cuda"
+    mixed = fast_precision(device) == "bf16" if on_gpu else settings.mixed_precision
     log, best, best_state = TrainLog(), -math.inf, None
 
     def check(epoch: int) -> None:

@@ -338,6 +338,33 @@ def test_two_runs_are_bit_identical(catalogue, data):
     assert not same(states[0], states[2])
 
 
+def test_mixed_precision_multiplies_in_bfloat16_and_learns_in_float32(catalogue, data):
+    """Off as a default; where it is on, the matrix products are bfloat16's and the weights stay float32."""
+
+    class Watched:
+        def __init__(self):
+            self.kinds = set()
+
+        def batches(self, generator):
+            return data.batches(generator)
+
+        def loss(self, model, batch):
+            features = model.features()
+            self.kinds.add((features @ features.T).dtype)
+            return data.loss(model, batch)
+
+    losses = {}
+    for mixed in (False, True):
+        model, watched = build_model(catalogue, SMALL, seed=0), Watched()
+        log = train(model, watched, replace(QUICK, mixed_precision=mixed), seed=0)
+        assert watched.kinds == {torch.bfloat16 if mixed else torch.float32}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        losses[mixed] = log.losses
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert not QUICK.mixed_precision
+
+
 def test_not_finite_loss_raises(model, data):
     """A NaN in the weights ends training with one clear error."""
     with torch.no_grad():

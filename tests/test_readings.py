@@ -1,0 +1,201 @@
+"""Sequences that the model reads cut at several places, with labels for each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from foster_lib import coresets, starts
+from foster_lib.config import load_profile
+from foster_lib.errors import FosterError
+from foster_lib.foster import FosterSettings, Synthesizer, distill
+from foster_lib.recipes import train_student
+from foster_lib.runs import Run, make_task
+from foster_lib.studies import changed
+from foster_lib.subsets import sample_subset
+from foster_lib.synthetic import SyntheticSequences, cut_positions
+
+READINGS, LENGTH = 3, 6
+
+
+@pytest.fixture
+def long(task):
+    """Sequences of three windows."""
+    return replace(task, synthetic_length=3 * LENGTH, readings=READINGS)
+
+
+@pytest.fixture
+def start(long) -> SyntheticSequences:
+    """Histories of three items and more in each window, the rest of it empty."""
+    short = replace(long, train=[sequence[-3 - user % 4 :] for user, sequence in enumerate(long.train)])
+    return starts.start_sequences(short, 2, 0, fill=False)
+
+
+def test_positions_of_a_cut():
+    assert cut_positions(6, 3, 1).tolist() == [0, -1, -1, 1, 2, 3, 4, 5, -1]
+    assert cut_positions(4, 4, 2).tolist() == [0, 1, -1, -1, 2, 3, -1, -1]
+
+
+@torch.no_grad()
+def test_every_reading_has_the_teachers_labels_of_its_own_histories(long, start):
+    """Against the teacher on one history at a time: from the last cut to the position."""
+    teacher, features = long.teacher, long.teacher.features()
+    assert start.readings == READINGS and start.shifted_labels.shape[:3] == (2, 3 * LENGTH, READINGS - 1)
+    compared = 0
+    for number in range(READINGS):
+        first = number * LENGTH // READINGS
+        labels = start.labels if number == 0 else start.shifted_labels[:, :, number - 1]
+        for row, position in start.mask.nonzero().tolist():
+            since = 0 if position < first else first + (position - first) // LENGTH * LENGTH
+            history = start.items[row, since : position + 1]
+            alone = teacher.log_scale.exp() * teacher(history[None], features)[0, -1]
+            torch.testing.assert_close(labels[row, position], alone, atol=1e-4, rtol=1e-4)
+            compared += 1
+    assert compared == READINGS * int(start.mask.sum())
+    assert not torch.allclose(start.shifted_labels[:, :, 0], start.labels, atol=1e-2)
+
+
+def test_a_reading_holds_each_position_once(start):
+    for number in range(1, READINGS):
+        read = start.reading(number)
+        assert read.items.shape == (2, 4 * LENGTH) and read.readings == 1
+        assert read.mask.sum() == start.mask.sum()
+        assert torch.equal(read.items[read.mask], start.items[start.mask])
+        assert torch.equal(read.targets[read.mask], start.targets[start.mask])
+        assert torch.equal(read.labels[read.mask], start.shifted_labels[:, :, number - 1][start.mask])
+    whole = start.reading(0)
+    assert whole.readings == 1 and torch.equal(whole.items, start.items) and torch.equal(whole.labels, start.labels)
+
+
+@torch.no_grad()
+def test_the_teacher_reproduces_the_labels_of_the_reading_that_it_reads(long, start):
+    """What a student is given as input and target belongs together, windows and padding included."""
+    teacher = long.teacher
+    for number in range(READINGS):
+        batch = start.reading(number).training_data(long.embeddings).draw(np.random.default_rng(0))
+        features = teacher.features()
+        hidden = teacher.transform(batch.own[..., None] * features[batch.anchors])[batch.mask]
+        torch.testing.assert_close(teacher.scores(hidden, features).softmax(-1), batch.y, atol=1e-5, rtol=1e-3)
+
+
+def most_probable(read: SyntheticSequences, task) -> torch.Tensor:
+    return torch.unique(read.target_probabilities(task.embeddings)[read.mask].topk(3).indices)
+
+
+def test_readings_differ_in_what_is_most_probable(long, start):
+    """Without that, the tests below would not see whose items a subset holds."""
+    sets = {tuple(most_probable(start.reading(number), long).tolist()) for number in range(READINGS)}
+    assert len(sets) == READINGS
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_steps_draw_their_reading(long, start, size):
+    """All of them, about equally often, each with its own labels and its own most probable items."""
+    data, generator = start.training_data(long.embeddings, size=size), np.random.default_rng(0)
+    labels = [start.reading(number).labels for number in range(READINGS)]
+    seen = np.zeros(READINGS)
+    for _ in range(200):
+        batch = data.draw(generator)
+        shapes = [batch.mask.shape == read.shape[:2] for read in labels]
+        f = start.features(long.embeddings)[batch.subset.items]
+        close = [
+            same and torch.allclose((read[batch.mask] @ f.T + batch.subset.log_weight).softmax(-1), batch.y, atol=1e-6)
+            for same, read in zip(shapes, labels)
+        ]
+        assert sum(close) == 1
+        number = close.index(True)
+        seen[number] += 1
+        if size:
+            assert torch.equal(data.wanted[number], most_probable(start.reading(number), long))
+            assert torch.isin(data.wanted[number], batch.subset.items).all()
+            assert len(batch.subset.items) <= size + len(data.wanted[number])
+    assert seen.min() > 30
+
+
+def test_one_reading_draws_nothing(task):
+    """A single reading leaves the random numbers of a step as they were."""
+    data = coresets.kd(task, 4, seed=0).training_data(task.embeddings)
+    generator = np.random.default_rng(0)
+    data.draw(generator)
+    assert generator.integers(2**31) == np.random.default_rng(0).integers(2**31)
+
+
+def test_distilling_moves_the_labels_of_all_readings_alike(long, start):
+    settings = FosterSettings(iterations=6, windows=4, pool=1, subset=40, label_learning_rate=0.1)
+    seen = set()
+    found, _ = distill(long, start, settings, seed=0, on_iteration=lambda _, synthetic: seen.add(synthetic.number))
+    assert len(seen) > 1
+    moved = found.labels - start.labels
+    assert moved.abs().max() > 0.01
+    torch.testing.assert_close(
+        found.shifted_labels - start.shifted_labels, moved[:, :, None].expand(-1, -1, READINGS - 1, -1)
+    )
+    assert not found.shifted_labels.requires_grad and int(found.window) == LENGTH
+
+
+def test_an_iteration_is_about_one_reading(long, start):
+    """Its label gradient is that of the same loss on the reading alone."""
+    synthetic = Synthesizer(start, long.embeddings, FosterSettings())
+    generator, numbers = np.random.default_rng(0), set()
+    for _ in range(30):
+        synthetic.turn(generator)
+        numbers.add(synthetic.number)
+        read, drawn = start.reading(synthetic.number), sample_subset(long.n_items, 2, generator)
+        batch = synthetic.batch(synthetic.subset(drawn))
+        assert torch.equal(batch.anchors, read.items)
+        assert torch.equal(batch.subset.items, drawn.including(most_probable(read, long)).items)
+    assert numbers == set(range(READINGS))
+
+
+def test_students_train_on_all_readings(long, start):
+    """With the labels of the first reading alone they learn something else."""
+    settings = replace(load_profile("smoke").settings("ml-100k"), model=long.model_settings)
+    both, _ = train_student(long, start, settings, 0)
+    first, _ = train_student(long, start.reading(0), settings, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(both.state_dict().values(), first.state_dict().values()))
+
+
+def test_readings_are_kept_on_disk(start, tmp_path):
+    start.save(tmp_path / "s")
+    found = SyntheticSequences.load(tmp_path / "s")
+    assert found.readings == READINGS and int(found.window) == LENGTH
+    torch.testing.assert_close(found.shifted_labels, start.shifted_labels.half().float())
+    assert torch.equal(start.joined(2).shifted_labels[0, 3 * LENGTH :], start.shifted_labels[1])
+
+
+def test_hard_labels_have_one_reading(long):
+    assert starts.start_sequences(long, 2, 0, labels="hard", fill=False).readings == 1
+
+
+def test_readings_must_divide_the_window():
+    profile = load_profile("smoke")
+    profile.raw["readings"] = 7
+    with pytest.raises(FosterError, match="readings must be a divisor of model.length"):
+        profile.settings("ml-100k")
+
+
+def test_rows_with_a_teacher_depend_on_their_readings():
+    settings = load_profile("smoke").settings("ml-100k")
+    more = replace(settings, readings=2)
+    for method, depends in (
+        ("kd", True),
+        ("foster", True),
+        ("random+labels", True),
+        ("random", False),
+        ("full", False),
+    ):
+        assert (Run(settings, method, 0).description() != Run(more, method, 0).description()) == depends
+
+
+def test_the_profile_says_how_many():
+    settings = replace(load_profile("smoke").settings("ml-100k"), readings=5)
+    assert make_task(Run(settings, "untrained", 0)).readings == 5
+
+
+def test_a_study_of_shorter_windows_keeps_the_cuts_that_divide_them():
+    settings = replace(load_profile("smoke").settings("ml-100k"), readings=10, sequence_length=50)
+    settings = replace(settings, model=replace(settings.model, length=10))
+    assert changed(settings, "foster", {"model": {"length": 5}}).readings == 5
