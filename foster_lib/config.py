@@ -21,7 +21,7 @@ PROFILES = Path(__file__).parent / "profiles"
 MAY_BE_ZERO = ("patience", "adapter_hidden", "inner_warmup")
 """Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
-BUDGET = ("sequences", "sequence_length", "readings")
+BUDGET = ("sequences", "sequence_length", "readings", "successors")
 KEYS = ("base", "description", "datasets", "split", "seeds", "students", "per_dataset", "table2", *BUDGET, *SECTIONS)
 
 
@@ -60,6 +60,7 @@ class Settings:
     sequence_length : positions of a synthetic sequence, a multiple of model.length: the model reads
     it in windows of that length, as it does real sequences (0: one window)
     readings : of how many ways of cutting them into windows the teacher labels each, a divisor of model.length
+    successors : whether it also tells what follows an item on its own
     """
 
     dataset: str
@@ -73,6 +74,7 @@ class Settings:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     sequence_length: int = 0
     readings: int = 1
+    successors: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class Profile:
         readings = merged.get("readings", 1)
         if type(readings) is not int or readings < 1 or model.length % readings:
             raise FosterError(f"{where}: readings must be a divisor of model.length {model.length}, not {readings}.")
+        successors = merged.get("successors", False)
+        if not isinstance(successors, bool):
+            raise FosterError(f"{where}: successors must be true or false, not {successors!r}.")
         return Settings(
             dataset=dataset,
             profile=self.name,
@@ -122,6 +127,7 @@ class Profile:
             sequences=merged.get("sequences", 20),
             sequence_length=length,
             readings=readings,
+            successors=successors,
             encoder=build(EncoderSettings, merged.get("encoder", {}), f"encoder of {where}"),
             model=model,
             full=build(TrainSettings, merged.get("full", {}), f"full of {where}"),

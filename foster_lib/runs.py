@@ -78,7 +78,7 @@ class Run:
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
             if method.needs_teacher:
-                described["readings"] = settings.readings
+                described |= {"readings": settings.readings, "successors": settings.successors}
             else:
                 del described["student"]["likeness"]  # which nobody knows
             described["student_seed"] = self.student_seed
@@ -274,6 +274,7 @@ def make_task(run: Run, device: str = "cpu") -> Task:
         model_settings=settings.model,
         synthetic_length=settings.sequence_length,
         readings=settings.readings,
+        successors=settings.successors,
         trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
         device=device,
     )

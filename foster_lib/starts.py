@@ -88,7 +88,7 @@ def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     labelled = with_labels(task, chosen)
     f = labelled.features(task.embeddings.cpu())
     labels = task.teacher.log_scale.exp().cpu() * f[chosen.targets]
-    return replace(labelled, labels=labels, alike=None, shifted_labels=None, window=None)
+    return replace(labelled, labels=labels, alike=None, successors=None, shifted_labels=None, window=None)
 
 
 ITEMS = {"k-means": packed_medoids, "random": random_histories, "noise": noise}

@@ -104,16 +104,19 @@ class Likeness:
     """How alike some items of a subset are to the others, and how much a student heeds it.
 
     rows : (M,) int64, places in the subset; y : (M, N) probabilities over it, 0 at the row's own item;
-    scale : s of their softmax; weight : of the cross-entropy beside that of the sequences
+    scale : s of their softmax; weight : of the cross-entropy beside that of the sequences;
+    successors : (M, N) probabilities of what follows each row's item on its own, if that is known
     """
 
     rows: Tensor
     y: Tensor
     scale: Tensor
     weight: float
+    successors: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Likeness:
-        return replace(self, rows=self.rows.to(device), y=self.y.to(device), scale=self.scale.to(device))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ class FeatureBank:
 
 
 def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | None = None) -> Tensor:
-    """L_syn: cross-entropy of the soft targets over the subset, inputs being mixtures; and that of the batch's
-    likeness times its weight.
+    """L_syn: cross-entropy of the soft targets over the subset, inputs being mixtures; and those of the batch's
+    likeness and successors times their weight.
 
     bank : features of `model` where the caller has them, of the subset and the anchors at least.
     """
@@ -169,9 +172,13 @@ def synthetic_loss(model: SASRec, batch: SyntheticBatch, bank: FeatureBank | Non
         mixed = mixed + batch.p @ features
     hidden = model.transform(mixed)[batch.mask]
     loss = soft_cross_entropy(logits(model, hidden, features, batch.subset), batch.y)
-    if batch.likeness is None:
+    if (known := batch.likeness) is None:
         return loss
-    return loss + batch.likeness.weight * likeness_loss(features, batch.subset, batch.likeness)
+    of_items = likeness_loss(features, batch.subset, known)
+    if known.successors is not None:
+        alone = model.transform(features[known.rows, None])[:, 0]
+        of_items = of_items + soft_cross_entropy(logits(model, alone, features, batch.subset), known.successors)
+    return loss + known.weight * of_items
 
 
 def likeness_scores(features: Tensor, rows: Tensor, scale: Tensor, subset: Subset) -> Tensor:

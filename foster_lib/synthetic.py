@@ -65,6 +65,8 @@ class SyntheticSequences:
     alike : (), optional
         s: items i and j ≠ i are alike with probability softmax_j(s f(e_i) · f(e_j)). Absent where f has learnt
         nothing of how items are used.
+    successors : (k + 1, k), optional
+        A: what follows item i where nothing stands before it has the query z = [f(e_i), 1] A.
     shifted_labels : (n, L, R - 1, k), optional
         z_y of the further `reading`s.
     window : (), int, where there are shifted labels
@@ -79,6 +81,7 @@ class SyntheticSequences:
     queries: Tensor | None = None
     bonus: Tensor | None = None
     alike: Tensor | None = None
+    successors: Tensor | None = None
     shifted_labels: Tensor | None = None
     window: Tensor | None = None
 
@@ -182,15 +185,21 @@ class SyntheticSequences:
 
     @torch.no_grad()
     def likeness(self, subset: Subset, f: Tensor, generator: np.random.Generator, weight: float) -> Likeness:
-        """How alike items are, whatever the sequence, for `LIKENESS_ROWS` items of the subset, drawn at random.
+        """How alike items are, whatever the sequence, for `LIKENESS_ROWS` items of the subset, drawn at random; and
+        what follows them, if S knows.
 
         A thousand labels say where an item stands as seen from a thousand contexts; this says where it stands
         among its neighbours.
         """
         rows = np.sort(generator.choice(len(subset.items), min(LIKENESS_ROWS, len(subset.items)), replace=False))
         rows = torch.from_numpy(rows).to(f.device)
-        y = likeness_scores(f[subset.items], rows, self.alike, subset).softmax(-1)
-        return Likeness(rows, y, self.alike, weight)
+        f = f[subset.items]
+        y = likeness_scores(f, rows, self.alike, subset).softmax(-1)
+        successors = None
+        if self.successors is not None:
+            z = F.pad(f[rows], (0, 1), value=1.0) @ self.successors
+            successors = (z @ f.T + subset.log_weight).softmax(-1)
+        return Likeness(rows, y, self.alike, weight, successors)
 
     def training_data(self, embeddings: Tensor, size: int = 0, likeness: float = 0.0) -> SyntheticData:
         """What `training.train` reads: all sequences as one batch per epoch, over `size` items drawn anew

@@ -44,6 +44,8 @@ class Task:
         Positions of a synthetic sequence; 0: as many as the model reads at a time.
     readings : int
         R, see `SyntheticSequences.readings`, of sequences with a teacher's labels.
+    successors : bool
+        Whether these also say what follows an item on its own.
     """
 
     dataset: Dataset
@@ -56,6 +58,7 @@ class Task:
     device: str = "cpu"
     synthetic_length: int = 0
     readings: int = 1
+    successors: bool = False
 
     @property
     def n_items(self) -> int:
