@@ -99,7 +99,7 @@ def load_study(name: str, profile: Profile) -> Study:
             title = f"{get_method(method).title}, {sweep['axis']}: {label}"
             found.append(Variant(title, method, {section: {key: value} if key else value}, sweep["axis"], label))
     for variant in found:
-        _check(variant.change, ("parameters", "sequences", *SECTIONS), where)
+        _check(variant.change, ("parameters", "sequences", "readings", "successors", *SECTIONS), where)
         check_parameters(variant.method, variant.change.get("parameters", {}))
     return Study(name, spec, found, space["smoke"] if smoke else {})
 
