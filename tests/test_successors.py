@@ -60,6 +60,18 @@ def test_successors_are_near_what_the_teacher_expects(told, sequences):
     assert distance < 0.7 * (expected.mean(0) - expected).abs().sum(1).mean()
 
 
+def test_successors_are_a_softmax_over_the_subset(told, sequences):
+    """By the formula in float64; a drawn item counts for those it stands for."""
+    f = sequences.features(told.embeddings)
+    subset = sample_subset(told.n_items, 20, np.random.default_rng(1)).including(torch.arange(5))
+    known = sequences.likeness(subset, f, np.random.default_rng(0), 1.0)
+    assert len(set(subset.log_weight.tolist())) == 2
+    f, a = f[subset.items].double(), sequences.successors.double()
+    for row, y in zip(known.rows.tolist(), known.successors):
+        odds = ((f[row] @ a[:-1] + a[-1]) @ f.T).exp() * subset.log_weight.double().exp()
+        torch.testing.assert_close(y.double(), odds / odds.sum(), rtol=1e-4, atol=1e-7)
+
+
 def test_the_loss_adds_what_follows_single_items(told, sequences):
     """Item by item, by the formula."""
     model, weight = told.new_model(1).eval(), 0.7
