@@ -84,7 +84,7 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
         return labelled
     shifted = []
     for number in range(1, task.readings):
-        order = cut_positions(chosen.items.shape[1], task.length, number * task.length // task.readings)
+        order = cut_positions(chosen.items.shape[1], task.length, number, task.readings)
         shifted.append(label(chosen.items[:, order.clamp(min=0)])[:, order >= 0])  # positions keep their order
     return replace(labelled, shifted_labels=torch.stack(shifted, 2), window=torch.tensor(task.length))
 

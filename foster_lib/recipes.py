@@ -13,6 +13,7 @@ from foster_lib.config import Settings
 from foster_lib.paths import new_folder, write_atomically, write_text
 from foster_lib.sasrec import SASRec
 from foster_lib.synthetic import SyntheticSequences
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.task import Task
 from foster_lib.training import RealSequences, TrainLog, TrainSettings, train
 
@@ -28,7 +29,7 @@ def train_student(
     model = student.new_model(seed)
     log = train(
         model,
-        sequences.to(task.device).training_data(task.embeddings, recipe.subset, recipe.likeness),
+        SyntheticData(sequences.to(task.device), task.embeddings, recipe.subset, recipe.likeness),
         recipe,
         seed=seed,
         validate=task.validate,

@@ -35,7 +35,7 @@ COMPACT = {"compression": "zstd", "compression_level": 19, "use_dictionary": Fal
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
     *("splits", "encoder", "sasrec", "batches", "subsets"),
-    *("training", "synthetic", "task", "evaluation", "recipes"),
+    *("training", "synthetic", "synthetic_data", "task", "evaluation", "recipes"),
 )
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "scipy", "safetensors", "recbole")
 

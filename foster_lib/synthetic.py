@@ -10,7 +10,6 @@ embedding e under the weights of an adapter.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,16 +22,8 @@ from torch import Tensor
 
 from foster_lib.errors import FosterError
 from foster_lib.paths import write_atomically
-from foster_lib.sasrec import SASRec, adapt
-from foster_lib.subsets import (
-    Likeness,
-    Subset,
-    SyntheticBatch,
-    likeness_scores,
-    sample_subset,
-    subset_inputs,
-    synthetic_loss,
-)
+from foster_lib.sasrec import adapt
+from foster_lib.subsets import Likeness, Subset, SyntheticBatch, likeness_scores, subset_inputs
 
 POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus", "shifted_labels")
 """Tensors of `SyntheticSequences` with an entry per position."""
@@ -120,8 +111,7 @@ class SyntheticSequences:
         """
         if number == 0:
             return replace(self, shifted_labels=None, window=None)
-        length = int(self.window)
-        order = cut_positions(self.items.shape[1], length, number * length // self.readings).to(self.items.device)
+        order = cut_positions(self.items.shape[1], int(self.window), number, self.readings).to(self.items.device)
         names = [name for name in POSITIONAL[:-1] if getattr(self, name) is not None]
         now = {name: getattr(self, name)[:, order.clamp(min=0)] for name in names}
         now["labels"] = self.shifted_labels[:, order.clamp(min=0), number - 1]
@@ -149,7 +139,7 @@ class SyntheticSequences:
             return F.one_hot(self.targets, len(embeddings)).float()
         return (self.labels @ self.features(embeddings).T).softmax(-1)
 
-    # ---------------------------------------------------------------------- training data
+    # ------------------------------------------------------------------ what a step reads
 
     def wanted(self, f: Tensor | None) -> Tensor:
         """Items that every subset holds: hard targets, or the most probable items of each label.
@@ -200,15 +190,6 @@ class SyntheticSequences:
             z = F.pad(f[rows], (0, 1), value=1.0) @ self.successors
             successors = (z @ f.T + subset.log_weight).softmax(-1)
         return Likeness(rows, y, self.alike, weight, successors)
-
-    def training_data(self, embeddings: Tensor, size: int = 0, likeness: float = 0.0) -> SyntheticData:
-        """What `training.train` reads: all sequences as one batch per epoch, over `size` items drawn anew
-        each time (0: the whole catalogue of `embeddings`).
-
-        likeness : weight of the `likeness` of items, if the sequences say which are alike
-        """
-        f = None if self.labels is None and self.queries is None else self.features(embeddings)
-        return SyntheticData(self, f, len(embeddings), size, 0.0 if self.alike is None else likeness)
 
     # --------------------------------------------------------------------------- reading
 
@@ -300,10 +281,11 @@ class SyntheticSequences:
         return self._from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
-def cut_positions(positions: int, length: int, first: int) -> Tensor:
-    """Which of a sequence's positions stand in windows of `length`, the first of which ends after `first` (more than
-    0) of them: (`positions` + `length`,), -1 for padding. `positions` is a multiple of `length`.
+def cut_positions(positions: int, length: int, number: int, readings: int) -> Tensor:
+    """Which of a sequence's positions stand in windows of `length` in reading `number` (more than 0) of `readings`:
+    (`positions` + `length`,), -1 for padding. `positions` is a multiple of `length`.
     """
+    first = number * length // readings
     order = torch.arange(positions)
     return torch.cat([F.pad(order[:first], (0, length - first), value=-1), F.pad(order[first:], (0, first), value=-1)])
 
@@ -316,46 +298,3 @@ def _tensor_path(path: Path) -> Path:
 def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = {torch.float16: torch.float32, torch.int32: torch.int64}
     return {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
-
-
-class SyntheticData:
-    """Training data of one batch: an epoch is a step, on a reading drawn at random.
-
-    Parameters
-    ----------
-    sequences : SyntheticSequences
-    f : (|V|, k) or None
-        See `SyntheticSequences.batch`.
-    n_items : |V|
-    size : items drawn per step, 0: all
-    likeness : weight of `SyntheticSequences.likeness`
-    """
-
-    def __init__(self, sequences: SyntheticSequences, f: Tensor | None, n_items: int, size: int, likeness: float = 0.0):
-        self.sequences, self.f, self.n_items, self.likeness = sequences, f, n_items, likeness
-        self.size = size if 0 < size < n_items else n_items
-        self.readings = [sequences.reading(number) for number in range(sequences.readings)]
-        if self.size < n_items:
-            self.wanted = [reading.wanted(f) for reading in self.readings]
-        else:
-            whole = Subset.uniform(torch.arange(n_items, device=sequences.items.device), n_items)
-            self.everything = [reading.batch(whole, f) for reading in self.readings]
-
-    def draw(self, generator: np.random.Generator) -> SyntheticBatch:
-        """One reading of S over the items of one step."""
-        number = int(generator.integers(len(self.readings))) if len(self.readings) > 1 else 0
-        if self.size < self.n_items:
-            subset = sample_subset(self.n_items, self.size, generator).to(self.sequences.items.device)
-            batch = self.readings[number].batch(subset.including(self.wanted[number]), self.f)
-        else:
-            batch = self.everything[number]
-        if self.likeness:
-            likeness = self.sequences.likeness(batch.subset, self.f, generator, self.likeness)
-            batch = replace(batch, likeness=likeness)
-        return batch
-
-    def batches(self, generator: np.random.Generator) -> Iterable[SyntheticBatch]:
-        yield self.draw(generator)
-
-    def loss(self, model: SASRec, batch: SyntheticBatch) -> Tensor:
-        return synthetic_loss(model, batch)

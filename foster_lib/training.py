@@ -135,7 +135,7 @@ def train(
     Parameters
     ----------
     data : TrainingData
-        `RealSequences`, or what `SyntheticSequences.training_data` returns.
+        `RealSequences` or `synthetic_data.SyntheticData`.
     seed : int
         Of the order of the data; dropout and initial weights have the model's own generator.
     validate : callable, optional

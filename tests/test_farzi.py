@@ -12,6 +12,7 @@ from foster_lib.coresets import candidates
 from foster_lib.errors import FosterError
 from foster_lib.farzi import FarziSettings, LatentSequences, distill, meta_gradient, start_factors
 from foster_lib.recipes import train_student
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.unrolled import Adam, AdamState, FlatModel, RealBatch, math_attention, mixture_loss, real_loss, unroll
 
 FAST = FarziSettings(outer_steps=3, inner_steps=3, windows=4, latent=8, batch=2)
@@ -30,7 +31,7 @@ def test_probabilities_are_the_summary_times_the_decoder(task, sequences):
     p = torch.einsum("abk,kc->abc", sequences.latent, sequences.decoder).softmax(-1)
     torch.testing.assert_close(sequences.input_probabilities(task.embeddings), p[:, :-1])
     torch.testing.assert_close(sequences.target_probabilities(task.embeddings), p[:, 1:])
-    (batch,) = sequences.training_data(task.embeddings).batches(None)
+    (batch,) = SyntheticData(sequences, task.embeddings).batches(None)
     torch.testing.assert_close(batch.y, p[:, 1:].flatten(0, 1))
 
 

@@ -19,6 +19,7 @@ from foster_lib.runs import Run
 from foster_lib.starts import start_sequences
 from foster_lib.subsets import Likeness, Subset, likeness_loss, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.td3 import TuckerSequences, start_factors
 
 FAST = FosterSettings(iterations=3, windows=4, pool=1, subset=40, inner_likeness=0.7)
@@ -75,7 +76,7 @@ def test_turned_features_are_as_alike(task, labelled):
 
 def test_the_loss_of_a_batch_adds_its_likeness(task, labelled):
     model = task.new_model(1).eval()
-    data = labelled.training_data(task.embeddings, size=30, likeness=0.7)
+    data = SyntheticData(labelled, task.embeddings, size=30, likeness=0.7)
     batch = data.draw(np.random.default_rng(0))
     plain = synthetic_loss(model, replace(batch, likeness=None))
     own = likeness_loss(model.features(batch.subset.items), batch.subset, batch.likeness)
@@ -86,7 +87,7 @@ def test_the_loss_of_a_batch_adds_its_likeness(task, labelled):
 def test_each_step_compares_other_items(task, labelled, monkeypatch):
     """Over the whole catalogue too, where the rest of the batch stays the same."""
     monkeypatch.setattr("foster_lib.synthetic.LIKENESS_ROWS", 5)
-    data, generator = labelled.training_data(task.embeddings, likeness=1.0), np.random.default_rng(0)
+    data, generator = SyntheticData(labelled, task.embeddings, likeness=1.0), np.random.default_rng(0)
     first, second = data.draw(generator), data.draw(generator)
     assert len(first.likeness.rows) == 5 and not torch.equal(first.likeness.rows, second.likeness.rows)
     assert first.y is second.y
@@ -98,7 +99,7 @@ def test_without_a_teacher_there_is_no_likeness(task, method):
     few = {"gradient-matching": {"iterations": 1, "start": "real"}, "foster-tied": {"iterations": 1}}.get(method, {})
     sequences = get_method(method).function(task, sequences=4, seed=0, **few)
     assert sequences.alike is None
-    assert sequences.training_data(task.embeddings, likeness=1.0).draw(np.random.default_rng(0)).likeness is None
+    assert SyntheticData(sequences, task.embeddings, likeness=1.0).draw(np.random.default_rng(0)).likeness is None
 
 
 def test_hard_labels_have_none_though_they_are_written_in_the_teachers_features(task):

@@ -17,6 +17,7 @@ from foster_lib.runs import Run, make_task
 from foster_lib.studies import changed
 from foster_lib.subsets import sample_subset
 from foster_lib.synthetic import SyntheticSequences, cut_positions
+from foster_lib.synthetic_data import SyntheticData
 
 READINGS, LENGTH = 3, 6
 
@@ -35,8 +36,8 @@ def start(long) -> SyntheticSequences:
 
 
 def test_positions_of_a_cut():
-    assert cut_positions(6, 3, 1).tolist() == [0, -1, -1, 1, 2, 3, 4, 5, -1]
-    assert cut_positions(4, 4, 2).tolist() == [0, 1, -1, -1, 2, 3, -1, -1]
+    assert cut_positions(6, 3, 1, 3).tolist() == [0, -1, -1, 1, 2, 3, 4, 5, -1]
+    assert cut_positions(4, 4, 1, 2).tolist() == [0, 1, -1, -1, 2, 3, -1, -1]
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def test_the_teacher_reproduces_the_labels_of_the_reading_that_it_reads(long, st
     """What a student is given as input and target belongs together, windows and padding included."""
     teacher = long.teacher
     for number in range(READINGS):
-        batch = start.reading(number).training_data(long.embeddings).draw(np.random.default_rng(0))
+        batch = SyntheticData(start.reading(number), long.embeddings).draw(np.random.default_rng(0))
         features = teacher.features()
         hidden = teacher.transform(batch.own[..., None] * features[batch.anchors])[batch.mask]
         torch.testing.assert_close(teacher.scores(hidden, features).softmax(-1), batch.y, atol=1e-5, rtol=1e-3)
@@ -94,7 +95,7 @@ def test_readings_differ_in_what_is_most_probable(long, start):
 @pytest.mark.parametrize("size", [0, 2])
 def test_steps_draw_their_reading(long, start, size):
     """All of them, about equally often, each with its own labels and its own most probable items."""
-    data, generator = start.training_data(long.embeddings, size=size), np.random.default_rng(0)
+    data, generator = SyntheticData(start, long.embeddings, size=size), np.random.default_rng(0)
     labels = [start.reading(number).labels for number in range(READINGS)]
     seen = np.zeros(READINGS)
     for _ in range(200):
@@ -117,7 +118,7 @@ def test_steps_draw_their_reading(long, start, size):
 
 def test_one_reading_draws_nothing(task):
     """A single reading leaves the random numbers of a step as they were."""
-    data = coresets.kd(task, 4, seed=0).training_data(task.embeddings)
+    data = SyntheticData(coresets.kd(task, 4, seed=0), task.embeddings)
     generator = np.random.default_rng(0)
     data.draw(generator)
     assert generator.integers(2**31) == np.random.default_rng(0).integers(2**31)

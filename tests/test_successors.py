@@ -16,6 +16,7 @@ from foster_lib.methods import get_method
 from foster_lib.runs import Run, make_task
 from foster_lib.subsets import Subset, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
+from foster_lib.synthetic_data import SyntheticData
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_successors_are_a_softmax_over_the_subset(told, sequences):
 def test_the_loss_adds_what_follows_single_items(told, sequences):
     """Item by item, by the formula."""
     model, weight = told.new_model(1).eval(), 0.7
-    batch = sequences.training_data(told.embeddings, size=30, likeness=weight).draw(np.random.default_rng(0))
+    batch = SyntheticData(sequences, told.embeddings, size=30, likeness=weight).draw(np.random.default_rng(0))
     known = batch.likeness
     without = synthetic_loss(model, replace(batch, likeness=replace(known, successors=None)))
     of_items = []
@@ -89,7 +90,7 @@ def test_the_loss_adds_what_follows_single_items(told, sequences):
 def test_a_student_of_single_items_learns_what_follows_them(told, sequences):
     """By gradient steps on this part alone, from the warm start."""
     model = told.new_model(1).eval()
-    batch = sequences.training_data(told.embeddings, likeness=1.0).draw(np.random.default_rng(0))
+    batch = SyntheticData(sequences, told.embeddings, likeness=1.0).draw(np.random.default_rng(0))
     before = synthetic_loss(model, batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(20):

@@ -18,6 +18,7 @@ from foster_lib.errors import FosterError
 from foster_lib.recipes import train_student
 from foster_lib.sasrec import build_model
 from foster_lib.synthetic import SyntheticSequences
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.training import TrainSettings, make_batch, train
 from tests.conftest import SMALL
 
@@ -101,7 +102,7 @@ def test_real_sequences_have_one_hot_probabilities():
 
 def test_training_data_of_real_sequences_is_the_real_batch():
     """Hard sequences give what `make_batch` gives for the windows they came from."""
-    (batch,) = SyntheticSequences.from_windows(windows(), LENGTH).training_data(embeddings()).batches(None)
+    (batch,) = SyntheticData(SyntheticSequences.from_windows(windows(), LENGTH), embeddings()).batches(None)
     expected = make_batch(windows())
     assert batch.p is None and torch.equal(batch.anchors, expected.inputs)
     assert torch.equal(batch.y, expected.targets)
@@ -111,7 +112,7 @@ def test_training_data_of_real_sequences_is_the_real_batch():
 def test_training_data_of_mixtures():
     """Inputs and targets are the probabilities, targets only where the mask stands; one step an epoch."""
     s, e = full(), embeddings()
-    data = s.training_data(e)
+    data = SyntheticData(s, e)
     (batch,) = data.batches(None)
     torch.testing.assert_close(inputs_of(batch), s.input_probabilities(e))
     torch.testing.assert_close(batch.y, s.target_probabilities(e)[s.mask])
@@ -123,8 +124,8 @@ def test_training_over_subsets_of_items(catalogue, hard):
     """Each step draws other items, hard targets among them; the mean loss over many is near the full one's."""
     model = build_model(catalogue, SMALL, seed=0).eval()
     s, e = SyntheticSequences.from_windows(windows(), LENGTH) if hard else full(), catalogue.embeddings
-    (everything,) = s.training_data(e).batches(None)
-    data, generator = s.training_data(e, size=3 * V // 4), np.random.default_rng(0)
+    (everything,) = SyntheticData(s, e).batches(None)
+    data, generator = SyntheticData(s, e, size=3 * V // 4), np.random.default_rng(0)
     losses = []
     with torch.no_grad():
         expected = data.loss(model, everything).item()
@@ -137,7 +138,7 @@ def test_training_over_subsets_of_items(catalogue, hard):
     assert np.std(losses) > 0
     if hard:  # the softmax over the subset is that over the catalogue but for the noise in its normaliser
         assert np.mean(losses) == pytest.approx(expected, rel=0.03)
-    assert s.training_data(e, size=V + 1).everything is not None
+    assert SyntheticData(s, e, size=V + 1).everything is not None
 
 
 @pytest.mark.parametrize("hard", [True, False])
@@ -145,7 +146,7 @@ def test_items_that_every_subset_holds(catalogue, hard):
     """Hard targets, or the three most probable items of each label, against a search through all."""
     s, e = SyntheticSequences.from_windows(windows(), LENGTH) if hard else full(), catalogue.embeddings
     probable = s.target_probabilities(e)[s.mask].topk(1 if hard else 3).indices
-    data, generator = s.training_data(e, size=V // 4), np.random.default_rng(0)
+    data, generator = SyntheticData(s, e, size=V // 4), np.random.default_rng(0)
     assert torch.equal(data.wanted[0], torch.unique(probable))
     for _ in range(5):
         (batch,) = data.batches(generator)
@@ -174,7 +175,7 @@ def test_students_rates(task, monkeypatch, labelled, rates):
 def test_a_student_learns_from_mixtures(catalogue):
     """A fresh recommender fits synthetic sequences read from the disk."""
     model = build_model(catalogue, SMALL, seed=0)
-    data = full().stored().training_data(catalogue.embeddings)
+    data = SyntheticData(full().stored(), catalogue.embeddings)
     log = train(model, data, TrainSettings(learning_rate=1e-2, epochs=40), seed=0)
     assert log.losses[-1] < 0.8 * log.losses[0]
 

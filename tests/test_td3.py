@@ -10,6 +10,7 @@ from foster_lib import td3
 from foster_lib.config import StudentSettings, load_profile
 from foster_lib.errors import FosterError
 from foster_lib.recipes import train_student
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.td3 import (
     TD3Settings,
     TuckerSequences,
@@ -68,7 +69,7 @@ def test_targets_are_the_next_positions_mixtures(task, sequences):
     p = (tucker_queries(users, times, core) @ sequences.features(task.embeddings).T).softmax(-1)
     torch.testing.assert_close(sequences.input_probabilities(task.embeddings), p[:, :-1])
     torch.testing.assert_close(sequences.target_probabilities(task.embeddings), p[:, 1:])
-    (batch,) = sequences.training_data(task.embeddings).batches(None)
+    (batch,) = SyntheticData(sequences, task.embeddings).batches(None)
     torch.testing.assert_close(batch.y, p[:, 1:].flatten(0, 1))
     assert batch.mask.all() and batch.p.shape == (3, task.length, task.n_items)
 

@@ -13,6 +13,7 @@ from foster_lib.foster import FosterSettings
 from foster_lib.penalty import gap_gradient
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import Subset, real_loss, sample_subset, synthetic_loss
+from foster_lib.synthetic_data import SyntheticData
 from foster_lib.tied import TiedSequences, TiedSynthesizer, foster_tied, start_sequences
 from foster_lib.training import make_batch
 
@@ -52,7 +53,7 @@ def test_targets_are_the_next_inputs(task, learned):
         logits = learned.end_queries[row] @ f.T
         logits[learned.targets[row, count - 1]] += learned.end_bonus[row]
         torch.testing.assert_close(y[row, count - 1], logits.softmax(-1))
-    batch = next(iter(learned.training_data(task.embeddings).batches(np.random.default_rng(0))))
+    batch = next(iter(SyntheticData(learned, task.embeddings).batches(np.random.default_rng(0))))
     torch.testing.assert_close(batch.p.scatter_add(-1, learned.items[..., None], batch.own[..., None]), p)
     torch.testing.assert_close(batch.y, y[learned.mask])
 
