@@ -87,7 +87,7 @@ def run_unfinished(run: Run, device: str, progress: bool) -> str:
     """`run_one`, unless another process has finished the run since it was planned."""
     if run.manifest() is not None and all(path.is_file() for path in _makes(run)):
         return f"{run.settings.dataset} {run.method} seed {run.seed}: finished by another process meanwhile"
-    return run_one(run, device, progress)
+    return run_one(run, device, progress, fresh=False)
 
 
 def _reads(run: Run) -> tuple[Path, ...]:

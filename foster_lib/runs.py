@@ -166,20 +166,20 @@ def plan(
 # ------------------------------------------------------------------------------ one run
 
 
-def run_one(run: Run, device: str, progress: bool) -> str:
-    """Distil if the method does, train the student, evaluate, record."""
+def run_one(run: Run, device: str, progress: bool, fresh: bool = True) -> str:
+    """Distil if the method does, train the student, evaluate, record.
+
+    Not `fresh`: sequences that an earlier process has stored, killed before it had trained its student, are read.
+    """
     settings, method = run.settings, get_method(run.method)
     split, task = _split(settings.dataset, settings.split), make_task(run, device)
     label = f"{settings.dataset} {run.method} seed {run.seed}" + f", student {run.student + 1}" * bool(run.student)
     seconds = {"distillation": 0.0, "training": 0.0}
     details: dict[str, Any] = {}
-    if not run.student:  # further students find the sequences made
-        outcome, seconds["distillation"] = apply_method(run, task, label if progress else "")
-        if method.condenses:
-            if not all(tensor.isfinite().all() for tensor in outcome.stored().tensors().values()):
-                raise FosterError(f"{label}: distillation has diverged, S is not finite. Lower the learning rates.")
-            outcome.save(run.distilled_path, {"dataset": settings.dataset, "method": run.method, "seed": run.seed})
     if method.condenses:
+        if not run.student:  # further students find the sequences made
+            found = None if fresh else _stored_seconds(run)
+            seconds["distillation"] = _distil(run, task, label, progress) if found is None else found
         # The student reads what is on disk, rounding included: the file is the result.
         stored = method.form.load(run.distilled_path)
         model, log = train_student(task, stored, settings, run.student_seed, f"{label}, student" if progress else "")
@@ -187,7 +187,7 @@ def run_one(run: Run, device: str, progress: bool) -> str:
         seconds["training"] = round(log.seconds, 2)
         details = {"bytes": stored.size_in_bytes(), "targets": int(stored.mask.sum()), "kept_step": log.best_epoch}
     else:
-        score = outcome
+        score, seconds["distillation"] = apply_method(run, task, label if progress else "")
         if run.method == "full":
             details = json.loads((trajectory_folder(run) / "log.json").read_text())
             seconds["training"] = details["seconds"]
@@ -211,6 +211,25 @@ def run_one(run: Run, device: str, progress: bool) -> str:
     write_manifest(run.path, manifest, test)
     figures = f"NDCG@10 {validation['ndcg@10']:.4f} validation, {test.metrics()['ndcg@10']:.4f} test"
     return f"{label}: {figures}, {sum(seconds.values()):.0f} s"
+
+
+def _distil(run: Run, task: Task, label: str, progress: bool) -> float:
+    """Make and store the sequences of `run`; returns the seconds it took."""
+    outcome, seconds = apply_method(run, task, label if progress else "")
+    if not all(tensor.isfinite().all() for tensor in outcome.stored().tensors().values()):
+        raise FosterError(f"{label}: distillation has diverged, S is not finite. Lower the learning rates.")
+    description = {"dataset": run.settings.dataset, "method": run.method, "seed": run.seed, "seconds": seconds}
+    outcome.save(run.distilled_path, description)
+    return seconds
+
+
+def _stored_seconds(run: Run) -> float | None:
+    """What the stored sequences of `run` took to make, if they and their description are there and whole."""
+    try:
+        get_method(run.method).form.load(run.distilled_path)
+        return float(json.loads(run.distilled_path.with_suffix(".json").read_text(encoding="utf-8"))["seconds"])
+    except (FosterError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:

@@ -122,6 +122,28 @@ def test_further_students_read_what_the_first_has_stored(settings):
     assert first.distilled_path.is_file()
 
 
+def test_sequences_stored_before_a_kill_are_read(settings):
+    """A killed run goes on from them; asked for afresh, or where the file is damaged, it distils again."""
+    run = Run(settings, "foster", 0)
+    (before,) = execute([run], say=quiet, progress=False)
+    description = run.distilled_path.with_suffix(".json")
+    marked = json.loads(description.read_text()) | {"seconds": 1234.5}
+
+    def again(fresh=False):
+        description.write_text(json.dumps(marked))
+        run.path.unlink()
+        (manifest,) = execute([run], say=quiet, progress=False, fresh=fresh)
+        assert manifest["test"] == before["test"] and manifest["validation"] == before["validation"]
+        return manifest["seconds"]["distillation"]
+
+    assert again() == 1234.5
+    assert again(fresh=True) != 1234.5
+    run.distilled_path.write_bytes(run.distilled_path.read_bytes()[:-7])
+    assert again() != 1234.5
+    marked.pop("seconds")
+    assert again() != 1234.5 and json.loads(description.read_text())["seconds"] > 0
+
+
 def test_students_share_a_teacher(settings):
     """Full data is trained once, however many students there are, and not at all for those that find sequences."""
     said = []
