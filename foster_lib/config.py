@@ -40,6 +40,8 @@ class StudentSettings(TrainSettings):
 
     hard_learning_rate : in the place of `learning_rate`, the adapter's included, where targets are
     real next items, which over-fit within a few steps.
+    windows : windows of the sequences that a step reads, drawn anew (0: all); what is tied or stored as factors is
+    read whole.
     likeness : weight of the likeness of items (`SyntheticSequences.likeness`) beside the labels, where the
     sequences know of it.
     """
@@ -50,6 +52,7 @@ class StudentSettings(TrainSettings):
     validate_every: int = 50
     patience: int = 4
     dropout: float = 0.1
+    windows: int = 0
     likeness: float = 0.0
 
 

@@ -29,7 +29,9 @@ def train_student(
     model = student.new_model(seed)
     log = train(
         model,
-        SyntheticData(sequences.to(task.device), task.embeddings, recipe.subset, recipe.likeness),
+        SyntheticData(
+            sequences.to(task.device), task.embeddings, recipe.subset, recipe.likeness, recipe.windows, task.length
+        ),
         recipe,
         seed=seed,
         validate=task.validate,

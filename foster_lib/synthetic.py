@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import safetensors
@@ -64,6 +65,9 @@ class SyntheticSequences:
         Positions that the model reads at a time.
     """
 
+    POSITION_BY_POSITION: ClassVar[bool] = True
+    """Whether a window of the sequences is a sequence of the same kind."""
+
     items: Tensor
     mask: Tensor
     targets: Tensor
@@ -92,8 +96,12 @@ class SyntheticSequences:
 
     def joined(self, count: int) -> SyntheticSequences:
         """Every `count` sequences one after another, as one: n / count sequences of count · L positions."""
-        tensors = {name: getattr(self, name) for name in POSITIONAL if getattr(self, name) is not None}
+        tensors = self.positional()
         return replace(self, **{k: t.reshape(-1, count * t.shape[1], *t.shape[2:]) for k, t in tensors.items()})
+
+    def positional(self) -> dict[str, Tensor]:
+        """The tensors that have an entry per position, by name."""
+        return {name: getattr(self, name) for name in POSITIONAL if getattr(self, name) is not None}
 
     # -------------------------------------------------------------------------- readings
 
@@ -141,18 +149,22 @@ class SyntheticSequences:
 
     # ------------------------------------------------------------------ what a step reads
 
+    def probable(self, f: Tensor | None) -> Tensor:
+        """The hard target, or the most probable items, of each position that has a target: (targets, 1 or more)."""
+        if self.labels is None:
+            return self.targets[self.mask][:, None]
+        with torch.no_grad():
+            parts = self.labels[self.mask].split(100)  # the scores of all items at once would fill the memory
+            count = min(MOST_PROBABLE, len(f))
+            return torch.cat([(z @ f.T).topk(count, dim=-1).indices for z in parts])
+
     def wanted(self, f: Tensor | None) -> Tensor:
-        """Items that every subset holds: hard targets, or the most probable items of each label.
+        """Items that every subset holds: the `probable` ones.
 
         Where the catalogue is large, few items of a uniform subset are probable anywhere in S: the
         softmax over it would be about the order of items that are all out of the question.
         """
-        if self.labels is None:
-            return torch.unique(self.targets[self.mask])
-        with torch.no_grad():
-            parts = self.labels[self.mask].split(100)  # the scores of all items at once would fill the memory
-            count = min(MOST_PROBABLE, len(f))
-            return torch.unique(torch.cat([(z @ f.T).topk(count, dim=-1).indices.flatten() for z in parts]))
+        return torch.unique(self.probable(f))
 
     def batch(self, subset: Subset, f: Tensor | None) -> SyntheticBatch:
         """The sequences seen through an item subset; differentiable with respect to their tensors.

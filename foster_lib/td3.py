@@ -161,6 +161,7 @@ class FactoredSequences(SyntheticSequences):
     builds itself from these tensors in `from_factors`.
     """
 
+    POSITION_BY_POSITION: ClassVar[bool] = False
     FACTORS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

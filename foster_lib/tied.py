@@ -13,6 +13,7 @@ training only the checkpoints are used that models are reset to. The rest is `fo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class TiedSequences(SyntheticSequences):
     end_queries : (n, k), end_bonus : (n,)
         Its z and β. `labels`, the z of each position's target, follows from these and `queries`.
     """
+
+    POSITION_BY_POSITION: ClassVar[bool] = False
 
     end_queries: Tensor | None = None
     end_bonus: Tensor | None = None

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from foster_lib.batches import Batch, make_batch, soft_cross_entropy
 from foster_lib.encoder import fast_precision
 from foster_lib.errors import FosterError
-from foster_lib.sasrec import SASRec, rate_groups
+from foster_lib.optimizers import build_optimizer
+from foster_lib.sasrec import SASRec
 from foster_lib.splits import windows
 from foster_lib.subsets import SyntheticBatch, real_loss, sample_subset
 
@@ -30,8 +31,10 @@ class TrainSettings:
     epochs between validations, of which the best is kept; patience : validations without
     improvement before training stops (0: never); subset : items drawn per step for the softmax,
     beside those that the batch itself names (0: the whole catalogue); adapter_rate : the adapter's
-    learning rate as a multiple of that of the rest; mixed_precision : matrix products in bfloat16, about
-    twice as fast on processors with AVX512-BF16 or AMX (on a GPU that has bfloat16, always).
+    learning rate as a multiple of that of the rest; muon_rate : learning rate of weight matrices as a
+    multiple of what AdamW would have, where Muon moves them (`optimizers`; 0: AdamW moves all);
+    mixed_precision : matrix products in bfloat16, about twice as fast on processors with AVX512-BF16
+    or AMX (on a GPU that has bfloat16, always).
     """
 
     learning_rate: float = 1e-3
@@ -44,6 +47,7 @@ class TrainSettings:
     patience: int = 5
     subset: int = 0
     adapter_rate: float = 1.0
+    muon_rate: float = 0.0
     mixed_precision: bool = False
 
 
@@ -130,7 +134,7 @@ def train(
     device: str = "cpu",
     progress: str = "",
 ) -> TrainLog:
-    """Train `model` in place with AdamW; end with the weights that validated best.
+    """Train `model` in place with AdamW or Muon; end with the weights that validated best.
 
     Parameters
     ----------
@@ -154,12 +158,9 @@ def train(
     start = time.perf_counter()
     generator = np.random.default_rng(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {**group, "params": [p for p in group["params"] if (p.dim() > 1) == matrices], "weight_decay": decay}
-        for group in rate_groups(model, settings.learning_rate, settings.adapter_rate)
-        for matrices, decay in ((True, settings.weight_decay), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = build_optimizer(
+        model, settings.learning_rate, settings.adapter_rate, settings.weight_decay, settings.muon_rate
+    )
     on_gpu = torch.device(device).type == "cuda"
     mixed = fast_precision(device) == "bf16" if on_gpu else settings.mixed_precision
     log, best, best_state = TrainLog(), -math.inf, None

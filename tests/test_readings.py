@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foster_lib import coresets, starts
+from foster_lib import coresets, starts, tied
 from foster_lib.config import load_profile
 from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, Synthesizer, distill
@@ -17,7 +17,7 @@ from foster_lib.runs import Run, make_task
 from foster_lib.studies import changed
 from foster_lib.subsets import sample_subset
 from foster_lib.synthetic import SyntheticSequences, cut_positions
-from foster_lib.synthetic_data import SyntheticData
+from foster_lib.synthetic_data import SyntheticData, in_windows
 
 READINGS, LENGTH = 3, 6
 
@@ -114,6 +114,55 @@ def test_steps_draw_their_reading(long, start, size):
             assert torch.isin(data.wanted[number], batch.subset.items).all()
             assert len(batch.subset.items) <= size + len(data.wanted[number])
     assert seen.min() > 30
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_steps_draw_some_windows(long, start, size):
+    """Each step reads as many as it shall of those that hold something, with what is most probable in them; all come
+    along, equally often."""
+    count, seen = 3, {}
+    data = SyntheticData(start, long.embeddings, size, count=count, length=LENGTH)
+    f, generator = start.features(long.embeddings), np.random.default_rng(0)
+    windows = [in_windows(start.reading(number), LENGTH) for number in range(READINGS)]
+    assert all(read.items.shape[1] == LENGTH and read.mask.any(1).all() for read in windows)
+    assert all(read.mask.sum() == start.mask.sum() for read in windows)
+    for _ in range(400):
+        batch = data.draw(generator)
+        assert batch.mask.shape == (count, LENGTH)
+        y = torch.zeros(*batch.mask.shape, batch.y.shape[1]).masked_scatter(batch.mask[..., None], batch.y)
+        for row in range(count):
+            own = batch.mask[row]
+            matching = [
+                (number, i)
+                for number, read in enumerate(windows)
+                for i in range(len(read))
+                if torch.equal(read.items[i], batch.anchors[row]) and torch.equal(read.mask[i], own)
+                if torch.allclose(
+                    (read.labels[i][own] @ f[batch.subset.items].T + batch.subset.log_weight).softmax(-1),
+                    y[row][own],
+                    atol=1e-6,
+                )
+            ]
+            assert matching
+            seen[matching[0]] = seen.get(matching[0], 0) + 1
+            if size:
+                number, i = matching[0]
+                probable = (windows[number].labels[i][own] @ f.T).topk(3).indices
+                assert torch.isin(probable, batch.subset.items).all()
+    assert len(seen) == sum(len(read) for read in windows) and max(seen.values()) < 4 * min(seen.values())
+
+
+def test_as_many_windows_as_there_are_is_all_of_them(long, start):
+    whole, same = (SyntheticData(start, long.embeddings, count=count, length=LENGTH) for count in (0, 1000))
+    for _ in range(3):
+        one, other = (data.draw(np.random.default_rng(0)) for data in (whole, same))
+        assert torch.equal(one.y, other.y) and torch.equal(one.anchors, other.anchors)
+
+
+def test_sequences_that_are_tied_are_read_whole(task):
+    sequences = tied.start_sequences(task, 4, FosterSettings(), seed=0)
+    batch = SyntheticData(sequences, task.embeddings, count=1, length=task.length).draw(np.random.default_rng(0))
+    assert len(batch.mask) == 4
 
 
 def test_one_reading_draws_nothing(task):
