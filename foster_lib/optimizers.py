@@ -23,10 +23,13 @@ class MuonAdamW:
     ----------
     matrices, others : parameter groups
         With `lr`, `full_rate` and `weight_decay`.
+    momentum : float
+        Of Muon.
     """
 
-    def __init__(self, matrices: list[dict], others: list[dict]):
-        self.parts = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(others)]
+    def __init__(self, matrices: list[dict], others: list[dict], momentum: float):
+        muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self.parts = [muon, torch.optim.AdamW(others)]
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -39,7 +42,12 @@ class MuonAdamW:
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, adapter_rate: float, weight_decay: float, muon_rate: float
+    model: nn.Module,
+    learning_rate: float,
+    adapter_rate: float,
+    weight_decay: float,
+    muon_rate: float,
+    muon_momentum: float = 0.95,
 ) -> torch.optim.AdamW | MuonAdamW:
     """For the trained parameters of `model`; the rates are those of `TrainSettings`. Vectors have no weight decay."""
     groups = [
@@ -54,4 +62,5 @@ def build_optimizer(
     for group in matrices:
         group["lr"] = group["full_rate"] = group["full_rate"] * muon_rate
     others = [{**group, "params": [p for p in group["params"] if p not in chosen]} for group in groups]
-    return MuonAdamW(*([group for group in part if group["params"]] for part in (matrices, others)))
+    matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
+    return MuonAdamW(matrices, others, muon_momentum)

@@ -33,8 +33,8 @@ class TrainSettings:
     beside those that the batch itself names (0: the whole catalogue); adapter_rate : the adapter's
     learning rate as a multiple of that of the rest; muon_rate : learning rate of weight matrices as a
     multiple of what AdamW would have, where Muon moves them (`optimizers`; 0: AdamW moves all);
-    mixed_precision : matrix products in bfloat16, about twice as fast on processors with AVX512-BF16
-    or AMX (on a GPU that has bfloat16, always).
+    muon_momentum : Muon's momentum, less for few steps; mixed_precision : matrix products in bfloat16, about
+    twice as fast on processors with AVX512-BF16 or AMX (on a GPU that has bfloat16, always).
     """
 
     learning_rate: float = 1e-3
@@ -48,6 +48,7 @@ class TrainSettings:
     subset: int = 0
     adapter_rate: float = 1.0
     muon_rate: float = 0.0
+    muon_momentum: float = 0.95
     mixed_precision: bool = False
 
 
@@ -158,9 +159,8 @@ def train(
     start = time.perf_counter()
     generator = np.random.default_rng(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(
-        model, settings.learning_rate, settings.adapter_rate, settings.weight_decay, settings.muon_rate
-    )
+    rates = (settings.learning_rate, settings.adapter_rate, settings.weight_decay)
+    optimizer = build_optimizer(model, *rates, settings.muon_rate, settings.muon_momentum)
     on_gpu = torch.device(device).type == "cuda"
     mixed = fast_precision(device) == "bf16" if on_gpu else settings.mixed_precision
     log, best, best_state = TrainLog(), -math.inf, None
