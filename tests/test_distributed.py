@@ -23,12 +23,12 @@ from foster_lib.training import RealSequences, train
 
 CHANGES = {
     "encoder.name": "tiny", "model.width": 16, "model.adapter_hidden": 8, "model.dropout": 0.2,
-    "full.learning_rate": 0.003, "full.epochs": 6, "full.batch_size": 7,
+    "full.learning_rate": 0.003, "full.epochs": 6, "full.batch_size": 7, "full.muon_rate": 0.0,
 }  # fmt: skip
 
 
 def command_line(*more: str) -> list[str]:
-    return ["toy", "--device", "cpu", *more, *(f"--set={key}={value}" for key, value in CHANGES.items())]
+    return ["toy", "--device", "cpu", *(f"--set={key}={value}" for key, value in CHANGES.items()), *more]
 
 
 def in_two_processes(*arguments: str) -> subprocess.CompletedProcess:
@@ -64,6 +64,19 @@ def test_two_processes_have_the_loss_curve_of_one(toy, capsys):
     assert "trained already" in capsys.readouterr().out
     assert distributed.main(command_line("--set=full.epoch=3")) == 2
     assert "'epoch'" in capsys.readouterr().err
+
+
+def test_with_muon_the_curves_differ_by_its_rounding(toy):
+    """Muon rounds its steps to bfloat16, which makes a difference of last digits one of the third."""
+    changes = CHANGES | {"full.muon_rate": 1.0}
+    run = Run(changed_settings("toy", "cpu", "", [f"{key}={value}" for key, value in changes.items()]), "full", 0)
+    task, settings = make_task(run), run.settings.full
+    data = RealSequences(task.train, task.length, settings.batch_size, task.train_timestamps)
+    alone = train(task.new_model(0), data, settings, seed=0, validate=task.validate)
+    done = in_two_processes(*command_line("--set=full.muon_rate=1.0"))
+    assert done.returncode == 0, done.stderr
+    log = json.loads((trajectory_folder(run) / "log.json").read_text())
+    np.testing.assert_allclose(log["losses"], alone.losses, rtol=1e-3)
 
 
 @pytest.mark.parametrize("subset", [0, 12])
