@@ -52,7 +52,7 @@ def on_cluster(
         completed = as_completed()
 
         def submit_ready() -> None:
-            for call in [call for call in waiting if call.after is None or call.after in ended]:
+            for call in [call for call in waiting if all(one in ended for one in call.after)]:
                 waiting.remove(call)
                 for path in call.reads:
                     if path not in sent:  # kept by the scheduler: Dask can send it again when a worker is lost

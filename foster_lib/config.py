@@ -15,13 +15,14 @@ import yaml
 
 from foster_lib.errors import FosterError, check_known
 from foster_lib.sasrec import ModelSettings
+from foster_lib.synthetic import ORDERS
 from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 MAY_BE_ZERO = ("patience", "adapter_hidden", "inner_warmup")
 """Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
-BUDGET = ("sequences", "sequence_length", "readings", "successors")
+BUDGET = ("sequences", "sequence_length", "readings", "order", "successors", "teachers")
 KEYS = ("base", "description", "datasets", "split", "seeds", "students", "per_dataset", "table2", *BUDGET, *SECTIONS)
 
 
@@ -62,8 +63,9 @@ class Settings:
 
     sequence_length : positions of a synthetic sequence, a multiple of model.length: the model reads
     it in windows of that length, as it does real sequences (0: one window)
-    readings : of how many ways of cutting them into windows the teacher labels each, a divisor of model.length
+    readings : R, in how many orders the teacher labels them; order : which, a key of `synthetic.ORDERS`
     successors : whether it also tells what follows an item on its own
+    teachers : full-data models, of neighbouring seeds, whose mean labels S
     """
 
     dataset: str
@@ -77,7 +79,9 @@ class Settings:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     sequence_length: int = 0
     readings: int = 1
+    order: str = "shuffled"
     successors: bool = False
+    teachers: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,18 @@ class Profile:
                 f"{where}: sequence_length must be a multiple of model.length {model.length}, not {length}."
             )
         readings = merged.get("readings", 1)
-        if type(readings) is not int or readings < 1 or model.length % readings:
-            raise FosterError(f"{where}: readings must be a divisor of model.length {model.length}, not {readings}.")
+        if type(readings) is not int or readings < 1:
+            raise FosterError(f"{where}: readings must be a whole number of at least 1, not {readings!r}.")
+        order = merged.get("order", "shuffled")
+        check_known(order, ORDERS, f"order in {where}:")
+        if order == "cut" and model.length % readings:
+            raise FosterError(f"{where}: there cannot be {readings} cuts of windows of {model.length}, only a divisor.")
         successors = merged.get("successors", False)
         if not isinstance(successors, bool):
             raise FosterError(f"{where}: successors must be true or false, not {successors!r}.")
+        teachers = merged.get("teachers", 1)
+        if type(teachers) is not int or teachers < 1:
+            raise FosterError(f"{where}: teachers must be a whole number of at least 1, not {teachers!r}.")
         return Settings(
             dataset=dataset,
             profile=self.name,
@@ -130,7 +141,9 @@ class Profile:
             sequences=merged.get("sequences", 20),
             sequence_length=length,
             readings=readings,
+            order=order,
             successors=successors,
+            teachers=teachers,
             encoder=build(EncoderSettings, merged.get("encoder", {}), f"encoder of {where}"),
             model=model,
             full=build(TrainSettings, merged.get("full", {}), f"full of {where}"),

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from foster_lib.errors import FosterError
-from foster_lib.synthetic import SyntheticSequences, cut_positions
+from foster_lib.synthetic import ORDERS, SyntheticSequences
 from foster_lib.task import Task
 
 ALIKE = 12.0
@@ -58,20 +58,20 @@ def medoids(task: Task, pool: list[np.ndarray], clusters: int, seed: int) -> np.
 
 
 def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
-    """KD-n: the windows of `k_means` with the labels of the full-data teacher, no distillation."""
+    """KD-n: the windows of `k_means` with a teacher's labels, no distillation."""
     return with_labels(task, k_means(task, sequences, seed))
 
 
 @torch.no_grad()
 def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
-    """Replace hard next items by the teacher's probabilities, y = softmax(s·h · f(e)).
+    """Replace hard next items by the probabilities of `Task.labeller`, y = softmax(s·h · f(e)).
 
     The teacher's hidden states, times its scale, are the label queries and its adapter gives the
     item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are
     taken before tuning) and their size does not depend on the catalogue. Which items are alike comes with them,
     what follows each on its own if the task asks for it, and where sequences have several readings, the labels of each.
     """
-    teacher = task.teacher
+    teacher = task.labeller
     features = teacher.features()
 
     def label(items: Tensor) -> Tensor:
@@ -82,11 +82,15 @@ def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
         labelled = replace(labelled, successors=fitted_successors(task, features))
     if task.readings == 1:
         return labelled
-    shifted = []
+    row, orders, further = torch.arange(len(chosen))[:, None], [], []
     for number in range(1, task.readings):
-        order = cut_positions(chosen.items.shape[1], task.length, number, task.readings)
-        shifted.append(label(chosen.items[:, order.clamp(min=0)])[:, order >= 0])  # positions keep their order
-    return replace(labelled, shifted_labels=torch.stack(shifted, 2), window=torch.tensor(task.length))
+        order = ORDERS[task.order](chosen.mask, task.length, number, task.readings)
+        z, there = label(chosen.items[row, order.clamp(min=0)]), order >= 0
+        by_position = torch.empty_like(labelled.labels)
+        by_position[row.expand_as(order)[there], order[there]] = z[there]
+        orders.append(order)
+        further.append(by_position)
+    return replace(labelled, further_labels=torch.stack(further, 2), orders=torch.stack(orders, 2))
 
 
 def fitted_successors(task: Task, features: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def fitted_successors(task: Task, features: Tensor) -> Tensor:
 
     On Games it explains 92 % of their variance: the teacher of a history of one item is nearly linear in it.
     """
-    teacher, parts = task.teacher, torch.arange(task.n_items, device=task.device)[:, None].split(4096)
+    teacher, parts = task.labeller, torch.arange(task.n_items, device=task.device)[:, None].split(4096)
     z = teacher.log_scale.exp() * torch.cat([teacher(items, features)[:, 0] for items in parts])
     f = torch.nn.functional.pad(features, (0, 1), value=1.0).double()
     ridge = 1e-3 * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)

@@ -30,12 +30,13 @@ def execute(
     device: str = "auto",
     fresh: bool = False,
     engine: str | None = None,
+    sequences: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
     """Execute runs, `jobs` at a time, and return their manifests in order.
 
-    Finished runs are reused (not with `fresh`). Full-data training comes before the
+    Finished runs are reused (not with `fresh`), if `sequences` only those whose sequences are still there. Full-data training comes before the
     methods that read its teacher and trajectory. Every run uses one thread, so results do not depend
     on `jobs`. `say` gets a line per finished run; `progress` shows bars as well. `engine` (default:
     `FOSTER_ENGINE`, else "local"): "dask" sends the runs to a cluster, see `cluster`, which has its own `jobs`.
@@ -47,17 +48,16 @@ def execute(
     pending = [run for run in runs if fresh or run.manifest() is None]
     # Further students read what the first one's run stored; it runs again where that is lost.
     known = {run.path for run in pending}
-    lost = [run.first for run in pending if run.student and not run.distilled_path.is_file()]
+    readers = runs if sequences else [run for run in pending if run.student]
+    lost = [run.first for run in readers if get_method(run.method).condenses and not run.distilled_path.is_file()]
     pending += {run.path: run for run in lost if run.path not in known}.values()
     if len(pending) < len(runs):
         say(f"{len(runs) - len(pending)} of {len(runs)} runs are reused from {shown(results_dir() / 'runs')}")
     for run in runs:
         if not fresh and (why := defect(run.path)):
             say(f"{shown(run.path)} cannot be used, its run is made again: {why}")
-    teachers = {  # further students read the sequences, not the teacher
-        trajectory_folder(run): replace(run, method="full")
-        for run in pending
-        if get_method(run.method).needs_teacher and not run.student
+    teachers = {  # further students read the sequences, not the teachers
+        trajectory_folder(teacher): teacher for run in pending if not run.student for teacher in run.teachers
     }
     training = partial(train_full_run, fresh=fresh)
     trainings = {
@@ -65,10 +65,8 @@ def execute(
     }
     distilled: dict[Path, Call] = {}
     for run in sorted(pending, key=_expected_cost, reverse=True):
-        if run.student:
-            needs = distilled.get(run.first.path)
-        else:
-            needs = trainings.get(trajectory_folder(run)) if get_method(run.method).needs_teacher else None
+        made = [distilled.get(run.first.path)] if run.student else [trainings.get(folder) for folder in _reads(run)]
+        needs = tuple(call for call in made if call)
         function = run_one if fresh else run_unfinished
         distilled[run.path] = Call(function, run, needs, reads=_reads(run), makes=_makes(run))
     calls = [*trainings.values(), *distilled.values()]
@@ -94,7 +92,7 @@ def _reads(run: Run) -> tuple[Path, ...]:
     """What others have made and a run reads."""
     if run.student:
         return (run.distilled_path,)
-    return (trajectory_folder(run),) if get_method(run.method).needs_teacher else ()
+    return tuple(trajectory_folder(teacher) for teacher in run.teachers)
 
 
 def _makes(run: Run) -> tuple[Path, ...]:
@@ -104,14 +102,14 @@ def _makes(run: Run) -> tuple[Path, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """`function(item, device, progress)`, to be called when the call `after` has ended.
+    """`function(item, device, progress)`, to be called when the calls `after` have ended.
 
     reads, makes : files and folders below the results and the cache, which travel to and from a cluster's worker
     """
 
     function: Callable[[Any, str, bool], str]
     item: Any
-    after: Call | None = None
+    after: tuple[Call, ...] = ()
     reads: tuple[Path, ...] = ()
     makes: tuple[Path, ...] = ()
 
@@ -143,7 +141,7 @@ def parallel(
     ):
         try:
             while waiting or running:
-                ready = [call for call in waiting if call.after is None or call.after in ended]
+                ready = [call for call in waiting if ended.issuperset(call.after)]
                 for call in ready[: jobs - len(running)]:
                     waiting.remove(call)
                     running[pool.submit(single_threaded, call.function, call.item, device, False)] = call

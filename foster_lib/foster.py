@@ -147,9 +147,9 @@ class Synthesizer:
     def learned(self) -> SyntheticSequences:
         """S as it is. What a label has learnt holds for all readings of its position."""
         now = replace(self.start, queries=self.z_x, bonus=self.bonus, labels=self.z_y)
-        if self.start.shifted_labels is None:
+        if self.start.further_labels is None:
             return now
-        return replace(now, shifted_labels=self.start.shifted_labels + (self.z_y - self.start.labels)[:, :, None])
+        return replace(now, further_labels=self.start.further_labels + (self.z_y - self.start.labels)[:, :, None])
 
     def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:
         """S over the subset, differentiable; `generator` draws the items whose likeness φ learns, None: none."""
@@ -216,7 +216,7 @@ def distill(
     """
     generator = np.random.default_rng(seed)
     trajectory = task.trajectory[: settings.checkpoints]
-    teacher = task.teacher if synthesizer.reads_teacher else None
+    teacher = task.labeller if synthesizer.reads_teacher else None
     synthetic = synthesizer(start.to(task.device), task.embeddings, settings)
     pool = [HYPERGRADIENTS[settings.hypergradient](task, settings, seed + number) for number in range(settings.pool)]
 

@@ -110,9 +110,9 @@ def draw_real(
         items = items.including(real.targets)
         return real, items, nn.functional.one_hot(items.positions(real.targets)[0], len(items.items)).float()
     with torch.no_grad():
-        bank = FeatureBank(task.teacher, items.items, real.inputs)
-        hidden = task.teacher.transform(bank(real.inputs))[real.mask]
-        return real, items, task.teacher.scores(hidden, bank(items.items)).softmax(-1)
+        bank = FeatureBank(task.labeller, items.items, real.inputs)
+        hidden = task.labeller.transform(bank(real.inputs))[real.mask]
+        return real, items, task.labeller.scores(hidden, bank(items.items)).softmax(-1)
 
 
 def draw_checkpoint(task: Task, checkpoints: int, generator: np.random.Generator) -> dict[str, Tensor]:

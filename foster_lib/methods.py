@@ -54,6 +54,7 @@ class Method:
 
 REFERENCES = {
     "full": Method(references.full, "Full data", condenses=False, needs_teacher=True),
+    "teachers": Method(references.teachers, "Full data, mean of the teachers", condenses=False, needs_teacher=True),
     "id-sasrec": Method(linear.id_sasrec, "Full data, ids without text", condenses=False),
     "untrained": Method(references.untrained, "Untrained (text similarity)", condenses=False),
     "text-knn": Method(linear.text_knn, "Text-kNN (whole history)", condenses=False, seeded=False),

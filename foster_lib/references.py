@@ -18,6 +18,11 @@ def full(task: Task, sequences: int = 0, seed: int = 0) -> Scorer:
     return recommender_scorer(task.teacher)
 
 
+def teachers(task: Task, sequences: int = 0, seed: int = 0) -> Scorer:
+    """The mean of the full-data models that label S (`ensemble`), where there are several."""
+    return recommender_scorer(task.labeller)
+
+
 def untrained(task: Task, sequences: int = 0, seed: int = 0) -> Scorer:
     """The warm start without any training: text similarity to the last item."""
     return recommender_scorer(task.new_model(seed))

@@ -73,12 +73,15 @@ class Run:
         }
         if method.needs_teacher:
             described["full"] = asdict(settings.full)
+        if len(self.teachers) > 1:
+            described["teachers"] = settings.teachers
         if method.condenses:
             described["sequences"] = settings.sequences
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
             if method.needs_teacher:
                 described |= {"readings": settings.readings, "successors": settings.successors}
+                described |= {"order": settings.order} if settings.readings > 1 else {}
             else:
                 del described["student"]["likeness"]  # which nobody knows
             described["student_seed"] = self.student_seed
@@ -87,6 +90,18 @@ class Run:
         if self.student:
             described["student_number"] = self.student
         return described
+
+    @property
+    def teachers(self) -> list[Run]:
+        """The full-data runs whose models this one reads; of its own seed, and those that label with it.
+
+        Seeds 0 to M - 1 share their M teachers, as the next M do: further ones would cost as many trainings again.
+        """
+        if not get_method(self.method).needs_teacher:
+            return []
+        count = self.settings.teachers if self.method != "full" else 1
+        begin = self.seed - self.seed % count
+        return [replace(self, method="full", seed=begin + number, student=0) for number in range(count)]
 
     @property
     def key(self) -> str:
@@ -154,13 +169,17 @@ def plan(
     settings = {name: profile.settings(name, split) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
-    return [
+    runs = [
         Run(settings[name], method, seed, student)
         for name in datasets
         for method in methods
+        if method != "teachers" or settings[name].teachers > 1  # the mean of one is the row `full`
         for seed in (seeds if get_method(method).seeded else seeds[:1])
         for student in range(profile.students if get_method(method).condenses else 1)
     ]
+    if not runs:
+        raise FosterError(f"one full-data model labels S on {', '.join(datasets)}: ask for its row, 'full'.")
+    return runs
 
 
 # ------------------------------------------------------------------------------ one run
@@ -263,12 +282,12 @@ def train_full_run(run: Run, device: str, progress: bool, fresh: bool = True) ->
 
 
 def trajectory_folder(run: Run) -> Path:
-    """Cache folder of the full-data run that `run` reads its teacher and checkpoints from."""
+    """Cache folder of the full-data run of `run`'s seed: its checkpoints and the best model."""
     return cache_dir() / "trajectories" / replace(run.first, method="full").key
 
 
 def trained(run: Run) -> bool:
-    """Whether the trajectory that `run` reads is there, each file of it whole."""
+    """Whether the `trajectory_folder` of `run` is there, each file of it whole."""
     folder = trajectory_folder(run)
     try:
         json.loads((folder / "log.json").read_text(encoding="utf-8"))["seconds"]
@@ -284,6 +303,7 @@ def make_task(run: Run, device: str = "cpu") -> Task:
     """What the method of `run` may look at."""
     settings = run.settings
     split = _split(settings.dataset, settings.split)
+    folders = tuple(trajectory_folder(teacher) for teacher in run.teachers)
     return Task(
         dataset=load_once(settings.dataset),
         train=split.train,
@@ -293,8 +313,10 @@ def make_task(run: Run, device: str = "cpu") -> Task:
         model_settings=settings.model,
         synthetic_length=settings.sequence_length,
         readings=settings.readings,
+        order=settings.order,
         successors=settings.successors,
-        trajectory_folder=trajectory_folder(run) if get_method(run.method).needs_teacher else None,
+        trajectory_folder=trajectory_folder(run) if folders else None,
+        labeller_folders=folders if len(folders) > 1 else (),
         device=device,
     )
 

@@ -85,7 +85,14 @@ class Adapter(nn.Module):
 
 
 def adapt(embeddings: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """f(e) of text embeddings (N, width of the encoder) under an `Adapter`'s weights: (N, d), unit length."""
+    """f(e) of text embeddings (N, width of the encoder) under an `Adapter`'s weights: (N, d), unit length.
+
+    Weights of M adapters, stacked, give their features side by side, (N, M d), see `ensemble`.
+    """
+    if weights["linear.weight"].dim() == 3:
+        count = len(weights["linear.weight"])
+        each = [{name: tensor[number] for name, tensor in weights.items()} for number in range(count)]
+        return torch.cat([adapt(embeddings, one) for one in each], -1) / math.sqrt(count)
     f = F.linear(embeddings, weights["linear.weight"], weights["linear.bias"])
     if "up.weight" in weights:
         hidden = F.gelu(F.linear(embeddings, weights["up.weight"], weights["up.bias"]))

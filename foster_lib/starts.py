@@ -62,7 +62,7 @@ def continued(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
 
     Histories are short where data are sparse, and a position without a target teaches nothing.
     """
-    teacher, length = task.teacher, task.length
+    teacher, length = task.labeller, task.length
     features = teacher.features()
     parts = (chosen.items, chosen.targets, chosen.mask)
     items, targets, mask = (part.reshape(-1, length).clone().to(task.device) for part in parts)
@@ -87,8 +87,8 @@ def hard_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
     """
     labelled = with_labels(task, chosen)
     f = labelled.features(task.embeddings.cpu())
-    labels = task.teacher.log_scale.exp().cpu() * f[chosen.targets]
-    return replace(labelled, labels=labels, alike=None, successors=None, shifted_labels=None, window=None)
+    labels = task.labeller.log_scale.exp().cpu() * f[chosen.targets]
+    return replace(labelled, labels=labels, alike=None, successors=None, further_labels=None, orders=None)
 
 
 ITEMS = {"k-means": packed_medoids, "random": random_histories, "noise": noise}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 import yaml
 
 from foster_lib.collapse import collapse_figures
-from foster_lib.config import SECTIONS, Profile, Settings, build
+from foster_lib.config import BUDGET, SECTIONS, Profile, Settings, build
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
@@ -99,7 +98,7 @@ def load_study(name: str, profile: Profile) -> Study:
             title = f"{get_method(method).title}, {sweep['axis']}: {label}"
             found.append(Variant(title, method, {section: {key: value} if key else value}, sweep["axis"], label))
     for variant in found:
-        _check(variant.change, ("parameters", "sequences", "readings", "successors", *SECTIONS), where)
+        _check(variant.change, ("parameters", "sequences", *BUDGET[2:], *SECTIONS), where)
         check_parameters(variant.method, variant.change.get("parameters", {}))
     return Study(name, spec, found, space["smoke"] if smoke else {})
 
@@ -153,8 +152,7 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
                 value = build(type(before), {**asdict(before), **value}, f"{section} of a study")
             if section == "model":  # a synthetic sequence keeps its number of windows
                 windows = settings.sequence_length // settings.model.length
-                readings = math.gcd(settings.readings, value.length)
-                settings = replace(settings, sequence_length=windows * value.length, readings=readings)
+                settings = replace(settings, sequence_length=windows * value.length)
             settings = replace(settings, **{section: value})
     return settings
 
@@ -164,7 +162,8 @@ def run_study(study: Study, planned: Planned, **options) -> tuple[Planned, pd.Da
     returns what there is, and its table.
     """
     if study.spec["run"]:
-        execute({run.path: run for _, run in planned}.values(), **options)  # each once, however many variants name it
+        distinct = {run.path: run for _, run in planned}.values()  # each once, however many variants name it
+        execute(distinct, sequences=study.spec["collapse"], **options)
     planned = [(variant, run) for variant, run in planned if run.manifest() or run.stale()]
     return planned, study_table(study, planned)
 
@@ -183,9 +182,7 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
     for variant, run in planned:
         manifest, method = manifests[run.path], get_method(run.method)
         distil, train = (manifest["seconds"][stage] for stage in ("distillation", "training"))
-        known = full.get((run.settings.dataset, run.seed))
-        teacher = 0.0 if run.method == "full" or not method.needs_teacher else np.nan
-        teacher = known["seconds"]["training"] if np.isnan(teacher) and known else teacher
+        teacher = 0.0 if run.method == "full" else teacher_seconds(run, full)
         size = (
             4 * manifest["data"]["interactions"] if run.method == "full" else manifest["details"].get("bytes", np.nan)
         )
@@ -209,6 +206,15 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
     table["ratio_to_full"] = table["mean"] / table["full"]
     table["recovered_gain"] = (table["mean"] - table["untrained"]) / (table["full"] - table["untrained"])
     return table[COLUMNS]
+
+
+def teacher_seconds(run: Run, full: dict[tuple[str, int], dict[str, Any]]) -> float:
+    """What the training of the full-data models took that `run` reads; NaN if the manifest of none is in `full`."""
+    found = [full.get((run.settings.dataset, teacher.seed)) for teacher in run.teachers]
+    known = [manifest["seconds"]["training"] for manifest in found if manifest]
+    if not found:
+        return 0.0
+    return len(found) * float(np.mean(known)) if known else np.nan
 
 
 def study_folder(name: str, profile: str, split: str = "") -> Path:

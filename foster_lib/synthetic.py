@@ -26,7 +26,7 @@ from foster_lib.paths import write_atomically
 from foster_lib.sasrec import adapt
 from foster_lib.subsets import Likeness, Subset, SyntheticBatch, likeness_scores, subset_inputs
 
-POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus", "shifted_labels")
+POSITIONAL = ("items", "mask", "targets", "labels", "queries", "bonus", "further_labels")
 """Tensors of `SyntheticSequences` with an entry per position."""
 
 MOST_PROBABLE = 3
@@ -59,10 +59,10 @@ class SyntheticSequences:
         nothing of how items are used.
     successors : (k + 1, k), optional
         A: what follows item i where nothing stands before it has the query z = [f(e_i), 1] A.
-    shifted_labels : (n, L, R - 1, k), optional
+    further_labels : (n, L, R - 1, k), optional
         z_y of the further `reading`s.
-    window : (), int, where there are shifted labels
-        Positions that the model reads at a time.
+    orders : (n, P, R - 1) int64, where there are further labels
+        Which position stands at each of the P places of a further reading, -1: none.
     """
 
     POSITION_BY_POSITION: ClassVar[bool] = True
@@ -77,8 +77,8 @@ class SyntheticSequences:
     bonus: Tensor | None = None
     alike: Tensor | None = None
     successors: Tensor | None = None
-    shifted_labels: Tensor | None = None
-    window: Tensor | None = None
+    further_labels: Tensor | None = None
+    orders: Tensor | None = None
 
     @classmethod
     def from_windows(cls, pieces: list[np.ndarray], length: int) -> SyntheticSequences:
@@ -107,23 +107,22 @@ class SyntheticSequences:
 
     @property
     def readings(self) -> int:
-        """R, ways of cutting the sequences into the windows that the model reads, each with labels of its own."""
-        return 1 if self.shifted_labels is None else 1 + self.shifted_labels.shape[2]
+        """R, orders that the positions are read in, each with labels of its own."""
+        return 1 if self.further_labels is None else 1 + self.further_labels.shape[2]
 
     def reading(self, number: int) -> SyntheticSequences:
-        """The sequences cut elsewhere, as real ones are in each epoch: the first window ends `number` / R of a
-        window after the start. A position then has another history, so another label.
+        """The sequences in another order, see `ORDERS`: a position then has another history, so another label.
 
-        Reading 0 are the sequences themselves; the others are one window longer, with padding after the first
-        and the last window.
+        Reading 0 are the sequences themselves.
         """
         if number == 0:
-            return replace(self, shifted_labels=None, window=None)
-        order = cut_positions(self.items.shape[1], int(self.window), number, self.readings).to(self.items.device)
+            return replace(self, further_labels=None, orders=None)
+        order = self.orders[:, :, number - 1]
+        row, place = torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)
         names = [name for name in POSITIONAL[:-1] if getattr(self, name) is not None]
-        now = {name: getattr(self, name)[:, order.clamp(min=0)] for name in names}
-        now["labels"] = self.shifted_labels[:, order.clamp(min=0), number - 1]
-        return replace(self, **now | {"mask": now["mask"] & (order >= 0)}, shifted_labels=None, window=None)
+        now = {name: getattr(self, name)[row, place] for name in names}
+        now["labels"] = self.further_labels[row, place, number - 1]
+        return replace(self, **now | {"mask": now["mask"] & (order >= 0)}, further_labels=None, orders=None)
 
     # --------------------------------------------------------------------- probabilities
 
@@ -293,13 +292,25 @@ class SyntheticSequences:
         return self._from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
-def cut_positions(positions: int, length: int, number: int, readings: int) -> Tensor:
-    """Which of a sequence's positions stand in windows of `length` in reading `number` (more than 0) of `readings`:
-    (`positions` + `length`,), -1 for padding. `positions` is a multiple of `length`.
+def shuffled(mask: Tensor, length: int, number: int, readings: int) -> Tensor:
+    """The positions of each sequence that have a target in random order, those without one behind them: (n, L)."""
+    chance = torch.from_numpy(np.random.default_rng(number).random(mask.shape))
+    return (chance + ~mask).argsort(1)
+
+
+def cut(mask: Tensor, length: int, number: int, readings: int) -> Tensor:
+    """Each sequence cut elsewhere into windows of `length`, as real ones are in each epoch: the first ends
+    `number` / R of a window after the start. (n, L + `length`), padding after the first and the last window.
     """
     first = number * length // readings
-    order = torch.arange(positions)
-    return torch.cat([F.pad(order[:first], (0, length - first), value=-1), F.pad(order[first:], (0, first), value=-1)])
+    order = torch.arange(mask.shape[1])
+    parts = F.pad(order[:first], (0, length - first), value=-1), F.pad(order[first:], (0, first), value=-1)
+    return torch.cat(parts).expand(len(mask), -1)
+
+
+ORDERS = {"shuffled": shuffled, "cut": cut}
+"""Orders of reading `number` (more than 0) of R `readings`, of sequences of which `mask` (n, L) says what is filled;
+the model reads `length` positions at a time."""
 
 
 def _tensor_path(path: Path) -> Path:

@@ -110,6 +110,14 @@ def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def teachers_note(runs: list[Run]) -> str:
+    """Which full-data training the labels of these runs cost."""
+    count = max(run.settings.teachers for run in runs)
+    if count == 1:
+        return "the full-data training whose teacher"
+    return f"{count} full-data trainings, which seeds share: the mean of their models labels what"
+
+
 def table2_folder(profile: str, split: str = "leave-one-out") -> Path:
     """Where Table 2 of a profile and split lies; the headline split has the short name."""
     root = results_dir() / "smoke" if profile == "smoke" else results_dir()
@@ -140,7 +148,7 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             "Mean ± standard deviation over seeds. *gain*: (method − untrained) / (full − untrained). "
             "*FOSTER minus it*: difference in NDCG@10 with its 95 % interval by paired bootstrap over users, "
             "seeds averaged; * where the interval excludes 0. *Distil s*, *Train s*: one thread; "
-            "*Distil s* is on top of the full-data training whose teacher KD and FOSTER read.",
+            f"*Distil s* is on top of {teachers_note(own)} KD and FOSTER read.",
             "",
             "Hardware: " + "; ".join(sorted({f"{m['hardware']} ({m['device']})" for m in chosen})) + ".",
             "",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foster_lib.datasets import Dataset
 from foster_lib.encoder import load_tensors
+from foster_lib.ensemble import Ensemble
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.sasrec import ModelSettings, SASRec, build_model
@@ -39,11 +40,15 @@ class Task:
     model_settings : ModelSettings
     trajectory_folder : path or None
         Checkpoints of the full-data run of the same seed.
+    labeller_folders : paths
+        Full-data runs whose mean labels S; empty: the one of `trajectory_folder` does.
     device : str
     synthetic_length : int
         Positions of a synthetic sequence; 0: as many as the model reads at a time.
     readings : int
         R, see `SyntheticSequences.readings`, of sequences with a teacher's labels.
+    order : str
+        Of these readings, a key of `synthetic.ORDERS`.
     successors : bool
         Whether these also say what follows an item on its own.
     """
@@ -58,7 +63,9 @@ class Task:
     device: str = "cpu"
     synthetic_length: int = 0
     readings: int = 1
+    order: str = "shuffled"
     successors: bool = False
+    labeller_folders: tuple[Path, ...] = ()
 
     @property
     def n_items(self) -> int:
@@ -114,10 +121,20 @@ class Task:
 
     @cached_property
     def teacher(self) -> SASRec:
-        """The full-data model that validated best."""
-        state = load_tensors((self.trajectory_folder or Path()) / "best.safetensors")
+        """The full-data model of the run's own seed, of the epoch that validated best."""
+        return self._full_model(self.trajectory_folder)
+
+    @cached_property
+    def labeller(self) -> SASRec | Ensemble:
+        """What labels are made by: the mean of several full-data models, or the `teacher` alone."""
+        if not self.labeller_folders:
+            return self.teacher
+        return Ensemble([self._full_model(folder) for folder in self.labeller_folders])
+
+    def _full_model(self, folder: Path | None) -> SASRec:
+        state = load_tensors((folder or Path()) / "best.safetensors")
         if state is None:
-            raise FosterError(f"{self.trajectory_folder}: no full-data model. Run the method 'full' first.")
+            raise FosterError(f"{folder}: no full-data model. Run the method 'full' first.")
         model = self.new_model(seed=0)
         model.load_state_dict(state)
         return model.eval().requires_grad_(False)

@@ -68,6 +68,7 @@ class Trial:
             train_timestamps=split.train_timestamps,
             validation=split.validation,
             trajectory_folder=self.trajectory,
+            labeller_folders=(),  # one teacher serves the search
         )
 
 
@@ -94,12 +95,12 @@ def search(dataset: str, method: str, jobs: int, device: str) -> pd.DataFrame:
     pending = [trial for trial in space if _recorded(trial) is None]
     for trial in pending[:1]:
         load_catalogue(dataset, trial.run.settings.encoder, device)  # embed once, before fanning out
-    teacher = None
+    teacher: tuple[Call, ...] = ()
     needs_teacher = method != "full" and get_method(method).needs_teacher
     if needs_teacher and pending and not pending[0].trajectory.is_dir():
-        teacher = Call(_train_teacher, pending[0])
+        teacher = (Call(_train_teacher, pending[0]),)
     calls = [Call(_try_full if method == "full" else _try_method, trial, after=teacher) for trial in pending]
-    parallel([teacher] * bool(teacher) + calls, jobs=jobs, device=device, label=f"tuning {method} on {dataset}")
+    parallel([*teacher, *calls], jobs=jobs, device=device, label=f"tuning {method} on {dataset}")
     table = pd.json_normalize([_recorded(trial) for trial in space])
     table = table[[column for column in table if not column.startswith(("packages", "git", "python", "created"))]]
     table = table.sort_values("validation_ndcg@10", ascending=False, kind="stable")

@@ -1,4 +1,4 @@
-"""Sequences that the model reads cut at several places, with labels for each."""
+"""Sequences that the model reads in several orders, with labels for each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.recipes import train_student
 from foster_lib.runs import Run, make_task
-from foster_lib.studies import changed
 from foster_lib.subsets import sample_subset
-from foster_lib.synthetic import SyntheticSequences, cut_positions
+from foster_lib.synthetic import ORDERS, SyntheticSequences, cut, shuffled
 from foster_lib.synthetic_data import SyntheticData, in_windows
 
 READINGS, LENGTH = 3, 6
 
 
-@pytest.fixture
-def long(task):
+@pytest.fixture(params=["shuffled", "cut"])
+def long(task, request):
     """Sequences of three windows."""
-    return replace(task, synthetic_length=3 * LENGTH, readings=READINGS)
+    return replace(task, synthetic_length=3 * LENGTH, readings=READINGS, order=request.param)
 
 
 @pytest.fixture
@@ -36,37 +35,57 @@ def start(long) -> SyntheticSequences:
 
 
 def test_positions_of_a_cut():
-    assert cut_positions(6, 3, 1, 3).tolist() == [0, -1, -1, 1, 2, 3, 4, 5, -1]
-    assert cut_positions(4, 4, 1, 2).tolist() == [0, 1, -1, -1, 2, 3, -1, -1]
+    assert cut(torch.ones(2, 6, dtype=torch.bool), 3, 1, 3).tolist() == [[0, -1, -1, 1, 2, 3, 4, 5, -1]] * 2
+    assert cut(torch.ones(1, 4, dtype=torch.bool), 4, 1, 2).tolist() == [[0, 1, -1, -1, 2, 3, -1, -1]]
+
+
+def test_positions_in_random_order():
+    """Filled ones first, each once; every row, and every reading, has an order of its own, always the same one."""
+    mask = torch.rand(300, 5, generator=torch.Generator().manual_seed(0)) < 0.7
+    first, second = shuffled(mask, 5, 1, 3), shuffled(mask, 5, 2, 3)
+    assert torch.equal(first, shuffled(mask, 5, 1, 3)) and not torch.equal(first, second)
+    for order in (first, second):
+        assert torch.equal(order.sort(1).values, torch.arange(5).expand(300, -1))
+        assert torch.equal(mask.gather(1, order), torch.arange(5) < mask.sum(1, keepdim=True))
+    whole = shuffled(torch.ones(6000, 3, dtype=torch.bool), 3, 1, 2)
+    seen = whole.unique(dim=0, return_counts=True)[1]
+    assert len(seen) == 6 and (seen - 1000).abs().max() < 150  # all orders, equally often
 
 
 @torch.no_grad()
 def test_every_reading_has_the_teachers_labels_of_its_own_histories(long, start):
-    """Against the teacher on one history at a time: from the last cut to the position."""
+    """Against the teacher on one history at a time: what stands before the position in its window of the reading."""
     teacher, features = long.teacher, long.teacher.features()
-    assert start.readings == READINGS and start.shifted_labels.shape[:3] == (2, 3 * LENGTH, READINGS - 1)
+    assert start.readings == READINGS and start.further_labels.shape[:3] == (2, 3 * LENGTH, READINGS - 1)
     compared = 0
     for number in range(READINGS):
-        first = number * LENGTH // READINGS
-        labels = start.labels if number == 0 else start.shifted_labels[:, :, number - 1]
-        for row, position in start.mask.nonzero().tolist():
-            since = 0 if position < first else first + (position - first) // LENGTH * LENGTH
-            history = start.items[row, since : position + 1]
+        labels = start.labels if number == 0 else start.further_labels[:, :, number - 1]
+        kept = torch.arange(3 * LENGTH).expand(2, -1)
+        order = ORDERS[long.order](start.mask, LENGTH, number, READINGS) if number else kept
+        for row, place in (order >= 0).nonzero().tolist():
+            position = order[row, place]
+            if not start.mask[row, position]:
+                continue
+            history = start.items[row, order[row, place // LENGTH * LENGTH : place + 1]]
             alone = teacher.log_scale.exp() * teacher(history[None], features)[0, -1]
             torch.testing.assert_close(labels[row, position], alone, atol=1e-4, rtol=1e-4)
             compared += 1
     assert compared == READINGS * int(start.mask.sum())
-    assert not torch.allclose(start.shifted_labels[:, :, 0], start.labels, atol=1e-2)
+    assert not torch.allclose(start.further_labels[:, :, 0], start.labels, atol=1e-2)
 
 
-def test_a_reading_holds_each_position_once(start):
+def test_a_reading_holds_each_position_once(long, start):
+    """With its own item, target and label."""
     for number in range(1, READINGS):
         read = start.reading(number)
-        assert read.items.shape == (2, 4 * LENGTH) and read.readings == 1
-        assert read.mask.sum() == start.mask.sum()
-        assert torch.equal(read.items[read.mask], start.items[start.mask])
-        assert torch.equal(read.targets[read.mask], start.targets[start.mask])
-        assert torch.equal(read.labels[read.mask], start.shifted_labels[:, :, number - 1][start.mask])
+        assert read.items.shape == (2, (3 + (long.order == "cut")) * LENGTH) and read.readings == 1
+        for row in range(2):
+            order = start.orders[row, :, number - 1]
+            order = order[(order >= 0) & start.mask[row, order.clamp(min=0)]]
+            assert sorted(order.tolist()) == start.mask[row].nonzero()[:, 0].tolist()
+            for name, kept in {"items": start.items, "targets": start.targets}.items():
+                assert torch.equal(getattr(read, name)[row][read.mask[row]], kept[row, order])
+            assert torch.equal(read.labels[row][read.mask[row]], start.further_labels[row, order, number - 1])
     whole = start.reading(0)
     assert whole.readings == 1 and torch.equal(whole.items, start.items) and torch.equal(whole.labels, start.labels)
 
@@ -181,9 +200,9 @@ def test_distilling_moves_the_labels_of_all_readings_alike(long, start):
     moved = found.labels - start.labels
     assert moved.abs().max() > 0.01
     torch.testing.assert_close(
-        found.shifted_labels - start.shifted_labels, moved[:, :, None].expand(-1, -1, READINGS - 1, -1)
+        found.further_labels - start.further_labels, moved[:, :, None].expand(-1, -1, READINGS - 1, -1)
     )
-    assert not found.shifted_labels.requires_grad and int(found.window) == LENGTH
+    assert not found.further_labels.requires_grad and torch.equal(found.orders, start.orders)
 
 
 def test_an_iteration_is_about_one_reading(long, start):
@@ -211,19 +230,27 @@ def test_students_train_on_all_readings(long, start):
 def test_readings_are_kept_on_disk(start, tmp_path):
     start.save(tmp_path / "s")
     found = SyntheticSequences.load(tmp_path / "s")
-    assert found.readings == READINGS and int(found.window) == LENGTH
-    torch.testing.assert_close(found.shifted_labels, start.shifted_labels.half().float())
-    assert torch.equal(start.joined(2).shifted_labels[0, 3 * LENGTH :], start.shifted_labels[1])
+    assert found.readings == READINGS and torch.equal(found.orders, start.orders)
+    torch.testing.assert_close(found.further_labels, start.further_labels.half().float())
 
 
 def test_hard_labels_have_one_reading(long):
     assert starts.start_sequences(long, 2, 0, labels="hard", fill=False).readings == 1
 
 
-def test_readings_must_divide_the_window():
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"readings": 7, "order": "cut"}, "there cannot be 7 cuts of windows of 50"),
+        ({"readings": 0}, "readings must be a whole number of at least 1, not 0"),
+        ({"order": "sorted"}, "order .*'sorted'.*shuffled"),
+        ({"teachers": True}, "teachers must be a whole number of at least 1, not True"),
+    ],
+)
+def test_settings_of_readings_are_checked(change, message):
     profile = load_profile("smoke")
-    profile.raw["readings"] = 7
-    with pytest.raises(FosterError, match="readings must be a divisor of model.length"):
+    profile.raw["per_dataset"]["ml-100k"] |= change
+    with pytest.raises(FosterError, match=message):
         profile.settings("ml-100k")
 
 
@@ -243,9 +270,3 @@ def test_rows_with_a_teacher_depend_on_their_readings():
 def test_the_profile_says_how_many():
     settings = replace(load_profile("smoke").settings("ml-100k"), readings=5)
     assert make_task(Run(settings, "untrained", 0)).readings == 5
-
-
-def test_a_study_of_shorter_windows_keeps_the_cuts_that_divide_them():
-    settings = replace(load_profile("smoke").settings("ml-100k"), readings=10, sequence_length=50)
-    settings = replace(settings, model=replace(settings.model, length=10))
-    assert changed(settings, "foster", {"model": {"length": 5}}).readings == 5

@@ -120,6 +120,11 @@ def test_further_students_read_what_the_first_has_stored(settings):
     first.distilled_path.unlink()  # lost: the first run makes it again
     assert execute([second], say=quiet, progress=False)[0]["test"] == manifests[1]["test"]
     assert first.distilled_path.is_file()
+    first.distilled_path.unlink()
+    execute(runs, say=quiet, progress=False)  # whoever wants the figures alone does not miss it
+    assert not first.distilled_path.is_file()
+    execute(runs, sequences=True, say=quiet, progress=False)
+    assert first.distilled_path.is_file()
 
 
 def test_sequences_stored_before_a_kill_are_read(settings):
@@ -302,7 +307,7 @@ def _leave_a_mark(item: tuple[Path, str, str | None], device: str, progress: boo
 def test_calls_wait_for_what_they_need_and_no_longer(tmp_path, jobs):
     """What depends on a call comes after it; with a free worker, what does not depend comes during it."""
     first = Call(_leave_a_mark, (tmp_path, "first", "free" if jobs == 2 else None))
-    calls = [first, *(Call(_leave_a_mark, (tmp_path, f"after-{i}", None), after=first) for i in range(2))]
+    calls = [first, *(Call(_leave_a_mark, (tmp_path, f"after-{i}", None), after=(first,)) for i in range(2))]
     calls.append(Call(_leave_a_mark, (tmp_path, "free", None)))
     said = []
     parallel(calls, jobs=jobs, device="cpu", label="", progress=False, say=said.append)
