@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {
     "Full data": "full",
+    "Mean of three full-data models": "teachers",
     "Untrained (text similarity)": "untrained",
     "Popularity": "popularity",
     "Item-kNN": "item-knn",
     "Random": "random",
     "K-Center": "k-center",
-    "KD (k-means, the teacher's labels)": "kd",
+    "KD (k-means, the teachers' labels)": "kd",
     "KD, as FOSTER starts": "kd-start",
     "**FOSTER**": "foster",
 }
