@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -36,9 +36,9 @@ def execute(
 ) -> list[dict]:
     """Execute runs, `jobs` at a time, and return their manifests in order.
 
-    Finished runs are reused (not with `fresh`), if `sequences` only those whose sequences are still there. Full-data training comes before the
-    methods that read its teacher and trajectory. Every run uses one thread, so results do not depend
-    on `jobs`. `say` gets a line per finished run; `progress` shows bars as well. `engine` (default:
+    Finished runs are reused (not with `fresh`), if `sequences` only those whose sequences are still there. Full-data
+    training comes before the methods that read its teacher and trajectory. Every run uses one thread, so results
+    do not depend on `jobs`. `say` gets a line per finished run; `progress` shows bars as well. `engine` (default:
     `FOSTER_ENGINE`, else "local"): "dask" sends the runs to a cluster, see `cluster`, which has its own `jobs`.
     """
     runs, engine = list(runs), engine or os.environ.get("FOSTER_ENGINE") or "local"

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from foster_lib import coresets
 from foster_lib.config import EncoderSettings, Settings, StudentSettings, load_profile
-from foster_lib.coresets import with_labels
 from foster_lib.ensemble import Ensemble
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries
@@ -104,10 +103,12 @@ def test_foster_distils_from_several_teachers(taught, tmp_path):
     start = start_sequences(told, 4, seed=0)
     learned, _ = distill(told, start, settings, seed=0)
     width = 3 * taught.model_settings.width
-    assert learned.labels.shape[-1] == learned.queries.shape[-1] == width and not torch.equal(learned.labels, start.labels)
+    assert learned.labels.shape[-1] == learned.queries.shape[-1] == width
+    assert not torch.equal(learned.labels, start.labels)
     assert learned.further_labels.shape[-1] == width and learned.successors.shape == (width + 1, width)
     again = SyntheticSequences.load(learned.save(tmp_path / "S"))
-    torch.testing.assert_close(again.features(taught.embeddings), learned.features(taught.embeddings), atol=1e-3, rtol=0)
+    found, kept = (sequences.features(taught.embeddings) for sequences in (again, learned))
+    torch.testing.assert_close(found, kept, atol=1e-3, rtol=0)
 
 
 def test_a_missing_teacher_is_named(task, tmp_path):
@@ -170,10 +171,8 @@ def test_the_row_of_the_mean(settings):
     one, other = (make_task(Run(two, "full", seed)).teacher for seed in (0, 1))
     score = get_method("teachers").function(task)
     histories = task.validation.histories[:8]
-    expected = [
-        torch.stack([log_probabilities(model, torch.as_tensor(h[-task.length :])[None])[0, -1] for model in (one, other)])
-        for h in histories
-    ]
+    latest = [torch.as_tensor(history[-task.length :])[None] for history in histories]
+    expected = [torch.stack([log_probabilities(model, items)[0, -1] for model in (one, other)]) for items in latest]
     ours = score(histories).double().log_softmax(-1)
     torch.testing.assert_close(ours, torch.stack(expected).mean(1).log_softmax(-1), atol=1e-5, rtol=1e-5)
     assert rank_queries(score, task.validation, task.n_items).metrics()["ndcg@10"] > 0
