@@ -68,7 +68,6 @@ class Trial:
             train_timestamps=split.train_timestamps,
             validation=split.validation,
             trajectory_folder=self.trajectory,
-            labeller_folders=(),  # one teacher serves the search
         )
 
 
@@ -85,7 +84,8 @@ def trials(dataset: str, method: str) -> list[Trial]:
         before = base.raw.get("per_dataset", {}).get(dataset, {}) if method != "full" else {}
         raw = {**base.raw, "per_dataset": {dataset: {**before, **own}}}
         profile = Profile("cpu", base.datasets, base.seeds, base.split, base.table2, raw)
-        found.append(Trial(change, space[dataset]["targets"], Run(profile.settings(dataset), method, 0)))
+        settings = replace(profile.settings(dataset), teachers=1)  # one serves the search
+        found.append(Trial(change, space[dataset]["targets"], Run(settings, method, 0)))
     return found
 
 
