@@ -218,7 +218,7 @@ def teacher_seconds(run: Run, full: dict[tuple[str, int], dict[str, Any]]) -> fl
 
 
 def study_folder(name: str, profile: str, split: str = "") -> Path:
-    """`results/<name>`, with the additions that Table 2 has for the smoke profile and other splits."""
+    """`results/<name>`, with the additions that Table 2 has for the profiles quick and smoke and for other splits."""
     beside = table2_folder(profile, split)
     return beside.with_name(beside.name.replace("table2", name))
 

@@ -153,3 +153,11 @@ def test_a_missing_table_is_one_line(place, capsys):
         code, lines, errors = verified(capsys)
         assert (code, lines) == (2, []) and len(errors) == 1
         assert "no readable table. Make it with `make reproduce-table2 PROFILE=mini`" in errors[0]
+
+
+def test_a_table_made_here_does_not_replace_the_published_one():
+    """The README's first command leaves what its second compares with as it was."""
+    published = {table2_folder("cpu", split) for split in ("", "temporal")}
+    assert not published & {
+        table2_folder(profile, split) for profile in ("quick", "smoke") for split in ("", "temporal")
+    }
