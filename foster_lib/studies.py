@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -153,6 +154,8 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             if section == "model":  # a synthetic sequence keeps its number of windows
                 windows = settings.sequence_length // settings.model.length
                 settings = replace(settings, sequence_length=windows * value.length)
+                if settings.order == "cut":  # as many cuts as there can be
+                    settings = replace(settings, readings=math.gcd(settings.readings, value.length))
             settings = replace(settings, **{section: value})
     return settings
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from foster_lib.config import EncoderSettings, Settings, StudentSettings
 from foster_lib.datasets import load_dataset
 from foster_lib.encoder import FrozenCatalogue, TextEncoder
 from foster_lib.runs import load_catalogue, load_once
@@ -80,6 +81,21 @@ def toy(tmp_path, monkeypatch):
     load_once.cache_clear()
     load_catalogue.cache_clear()
     return tmp_path
+
+
+@pytest.fixture
+def settings(toy):
+    """A profile for the tiny data set."""
+    return Settings(
+        dataset="toy",
+        profile="cpu",
+        split="leave-one-out",
+        sequences=4,
+        encoder=EncoderSettings("tiny"),
+        model=SMALL,
+        full=TrainSettings(learning_rate=1e-2, epochs=3, batch_size=16),
+        student=StudentSettings(epochs=4, validate_every=2),
+    )
 
 
 @pytest.fixture(scope="session")

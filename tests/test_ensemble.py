@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from foster_lib import coresets
-from foster_lib.config import EncoderSettings, Settings, StudentSettings, load_profile
+from foster_lib.config import load_profile
 from foster_lib.ensemble import Ensemble
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries
@@ -22,8 +22,7 @@ from foster_lib.starts import start_sequences
 from foster_lib.studies import teacher_seconds
 from foster_lib.subsets import real_loss, sample_subset
 from foster_lib.synthetic import SyntheticSequences
-from foster_lib.training import TrainSettings, make_batch
-from tests.conftest import SMALL
+from foster_lib.training import make_batch
 
 
 @pytest.fixture(scope="module")
@@ -117,21 +116,6 @@ def test_a_missing_teacher_is_named(task, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- runs
-
-
-@pytest.fixture
-def settings(toy):
-    """A profile for the tiny data set, three epochs of full data."""
-    return Settings(
-        dataset="toy",
-        profile="cpu",
-        split="leave-one-out",
-        sequences=4,
-        encoder=EncoderSettings("tiny"),
-        model=SMALL,
-        full=TrainSettings(learning_rate=1e-2, epochs=3, batch_size=16),
-        student=StudentSettings(epochs=4, validate_every=2),
-    )
 
 
 def test_seeds_share_blocks_of_teachers(settings):

@@ -14,6 +14,7 @@ from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.recipes import train_student
 from foster_lib.runs import Run, make_task
+from foster_lib.studies import changed
 from foster_lib.subsets import sample_subset
 from foster_lib.synthetic import ORDERS, SyntheticSequences, cut, shuffled
 from foster_lib.synthetic_data import SyntheticData, in_windows
@@ -232,6 +233,7 @@ def test_readings_are_kept_on_disk(start, tmp_path):
     found = SyntheticSequences.load(tmp_path / "s")
     assert found.readings == READINGS and torch.equal(found.orders, start.orders)
     torch.testing.assert_close(found.further_labels, start.further_labels.half().float())
+    assert torch.equal(start.joined(2).further_labels[0, 3 * LENGTH :], start.further_labels[1])
 
 
 def test_hard_labels_have_one_reading(long):
@@ -270,3 +272,11 @@ def test_rows_with_a_teacher_depend_on_their_readings():
 def test_the_profile_says_how_many():
     settings = replace(load_profile("smoke").settings("ml-100k"), readings=5)
     assert make_task(Run(settings, "untrained", 0)).readings == 5
+
+
+@pytest.mark.parametrize("order, readings", [("cut", 5), ("shuffled", 10)])
+def test_a_study_of_shorter_windows_keeps_the_cuts_that_divide_them(order, readings):
+    """Of random orders there can be any number."""
+    settings = replace(load_profile("smoke").settings("ml-100k"), readings=10, order=order, sequence_length=50)
+    settings = replace(settings, model=replace(settings.model, length=10))
+    assert changed(settings, "foster", {"model": {"length": 5}}).readings == readings

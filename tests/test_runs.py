@@ -12,10 +12,7 @@ import pytest
 
 import foster_lib.records as records
 from foster_lib.config import (
-    EncoderSettings,
     Profile,
-    Settings,
-    StudentSettings,
     build,
     load_profile,
 )
@@ -28,7 +25,6 @@ from foster_lib.runs import Run, plan, train_full_run, trajectory_folder
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.tables import COLUMNS, long_table, write_table2
 from foster_lib.training import TrainSettings
-from tests.conftest import SMALL
 
 QUICK = {
     "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
@@ -45,19 +41,9 @@ QUICK = {
 
 
 @pytest.fixture
-def settings(toy):
-    """A profile for the tiny data set."""
-    return Settings(
-        dataset="toy",
-        profile="cpu",
-        split="leave-one-out",
-        sequences=4,
-        encoder=EncoderSettings("tiny"),
-        model=SMALL,
-        full=TrainSettings(learning_rate=1e-2, epochs=3, batch_size=16),
-        student=StudentSettings(epochs=4, validate_every=2),
-        methods=QUICK,
-    )
+def settings(settings):
+    """With few steps for every method."""
+    return replace(settings, methods=QUICK)
 
 
 def quiet(line):
