@@ -14,6 +14,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from foster_lib.condense import condensed
+from foster_lib.ensemble import Ensemble
 from foster_lib.errors import FosterError
 from foster_lib.synthetic import ORDERS, SyntheticSequences
 from foster_lib.task import Task
@@ -62,14 +64,25 @@ def kd(task: Task, sequences: int, seed: int) -> SyntheticSequences:
     return with_labels(task, k_means(task, sequences, seed))
 
 
-@torch.no_grad()
 def with_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
-    """Replace hard next items by the probabilities of `Task.labeller`, y = softmax(s·h · f(e)).
+    """Replace hard next items by the probabilities of `Task.labeller`, `condensed` if that is several models.
 
-    The teacher's hidden states, times its scale, are the label queries and its adapter gives the
-    item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are
-    taken before tuning) and their size does not depend on the catalogue. Which items are alike comes with them,
-    what follows each on its own if the task asks for it, and where sequences have several readings, the labels of each.
+    Which items are alike comes with them, what follows each on its own if the task asks for it, and where sequences
+    have several readings, the labels of each. The size does not depend on the catalogue.
+    """
+    labelled = with_exact_labels(task, chosen)
+    if not isinstance(task.labeller, Ensemble):
+        return labelled
+    return condensed(labelled, task.teacher.adapter_weights(), task.embeddings)
+
+
+@torch.no_grad()
+def with_exact_labels(task: Task, chosen: SyntheticSequences) -> SyntheticSequences:
+    """`with_labels` in the teacher's own terms, y = softmax(s·h · f(e)).
+
+    Its hidden states, times its scale, are the label queries and its adapter, or those of all its models, gives
+    the item features, so the labels are exact (for a frozen encoder; a tuned one's text embeddings are taken
+    before tuning).
     """
     teacher = task.labeller
     features = teacher.features()

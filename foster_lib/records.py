@@ -34,7 +34,7 @@ COMPACT = {"compression": "zstd", "compression_level": 19, "use_dictionary": Fal
 """How ranks are written: small numbers, whose higher bytes are mostly zero, take a fifth of pandas' default."""
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
-    *("splits", "encoder", "sasrec", "batches", "subsets"),
+    *("splits", "encoder", "sasrec", "ensemble", "batches", "subsets", "optimizers"),
     *("training", "synthetic", "synthetic_data", "task", "evaluation", "recipes"),
 )
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "scipy", "safetensors", "recbole")

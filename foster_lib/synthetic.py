@@ -35,6 +35,12 @@ MOST_PROBABLE = 3
 LIKENESS_ROWS = 512
 """Items of a subset that one step compares with all of it."""
 
+COMPACT = {torch.float32: torch.float16, torch.int64: torch.int32}
+"""Types on disk."""
+
+SCALE = ".scale"
+"""Ending of the names of what 8-bit tensors on disk are multiples of."""
+
 
 @dataclass(frozen=True)
 class SyntheticSequences:
@@ -63,6 +69,8 @@ class SyntheticSequences:
         z_y of the further `reading`s.
     orders : (n, P, R - 1) int64, where there are further labels
         Which position stands at each of the P places of a further reading, -1: none.
+    bits : int
+        Of a number on disk: 16, or 8 for those of matrices, each row of which then has a scale of its own.
     """
 
     POSITION_BY_POSITION: ClassVar[bool] = True
@@ -79,6 +87,7 @@ class SyntheticSequences:
     successors: Tensor | None = None
     further_labels: Tensor | None = None
     orders: Tensor | None = None
+    bits: int = 16
 
     @classmethod
     def from_windows(cls, pieces: list[np.ndarray], length: int) -> SyntheticSequences:
@@ -229,26 +238,31 @@ class SyntheticSequences:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; the adapter's as `adapter.…`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        del own["bits"]
         adapter = own.pop("adapter", {})
         return {**own, **{f"adapter.{name}": tensor for name, tensor in adapter.items()}}
 
     @classmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor]) -> SyntheticSequences:
+    def _from_tensors(cls, tensors: dict[str, Tensor], bits: int) -> SyntheticSequences:
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("adapter.")}
         adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
-        return cls(**own, adapter=adapter or None)
+        return cls(**own, adapter=adapter or None, bits=bits)
 
     def _stored(self) -> dict[str, Tensor]:
-        tensors = self.tensors()
-        compact = {torch.float32: torch.float16, torch.int64: torch.int32}
-        return {name: t.to(compact.get(t.dtype, t.dtype)).contiguous() for name, t in tensors.items()}
+        stored = {}
+        for name, tensor in self.tensors().items():
+            if self.bits == 8 and tensor.is_floating_point() and tensor.dim() > 1 and name != "bonus":
+                stored[name], stored[name + SCALE] = rounded_to_bytes(tensor)
+            else:
+                stored[name] = tensor.to(COMPACT.get(tensor.dtype, tensor.dtype)).contiguous()
+        return stored
 
     def stored(self) -> SyntheticSequences:
-        """As they come back from the disk: probabilities' parameters rounded to half precision."""
-        return self._from_tensors(_restored(self._stored()))
+        """As they come back from the disk: probabilities' parameters rounded to so many `bits`."""
+        return self._from_tensors(*_restored(self._stored()))
 
     def save(self, path: Path, description: dict | None = None) -> Path:
-        """Write `path` (safetensors, half precision) and beside it a JSON that describes it."""
+        """Write `path` (safetensors, rounded as `stored`) and beside it a JSON that describes it."""
         path = _tensor_path(path)
         data = save(self._stored())
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -275,21 +289,21 @@ class SyntheticSequences:
         """
         path = _tensor_path(path)
         try:
-            tensors = load(path.read_bytes())
+            tensors, bits = _restored(load(path.read_bytes()))
         except (OSError, safetensors.SafetensorError) as error:
             raise FosterError(f"{path}: no readable synthetic sequences ({error}). Distil them again.") from error
         known = {f.name for f in fields(cls)} - {"adapter"}
         own = {name for name in tensors if not name.startswith("adapter.")}
         if not {"items", "mask", "targets"} <= own <= known:
             raise FosterError(f"{path}: holds {sorted(tensors)}, not synthetic sequences. Distil them again.")
-        return cls._from_tensors(_restored(tensors))
+        return cls._from_tensors(tensors, bits)
 
     def detached(self) -> SyntheticSequences:
         """Without gradients, on the CPU."""
-        return self._from_tensors({name: tensor.detach().cpu() for name, tensor in self.tensors().items()})
+        return self._from_tensors({name: t.detach().cpu() for name, t in self.tensors().items()}, self.bits)
 
     def to(self, device: str | torch.device) -> SyntheticSequences:
-        return self._from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self._from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.bits)
 
 
 def shuffled(mask: Tensor, length: int, number: int, readings: int) -> Tensor:
@@ -318,6 +332,17 @@ def _tensor_path(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
 
 
-def _restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rounded_to_bytes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers of -127 … 127 and, of each row (…, 1), the scale that they are multiples of."""
+    # Of eight digits, as bfloat16 has, times 127 is exact: rounding again changes nothing.
+    scale = (tensor.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    multiples = tensor / scale.float().clamp(min=torch.finfo(torch.float).tiny)
+    return multiples.round().to(torch.int8).contiguous(), scale
+
+
+def _restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The tensors as `_stored` found them, rounded, and of how many bits they are."""
     wide = {torch.float16: torch.float32, torch.int32: torch.int64}
-    return {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items()}
+    scales = {name.removesuffix(SCALE): t.float() for name, t in tensors.items() if name.endswith(SCALE)}
+    whole = {name: t.to(wide.get(t.dtype, t.dtype)) for name, t in tensors.items() if not name.endswith(SCALE)}
+    return {name: t * scales[name] if name in scales else t for name, t in whole.items()}, 8 if scales else 16

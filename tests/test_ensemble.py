@@ -76,13 +76,12 @@ def test_features_are_those_of_the_stacked_adapters(task, models):
 
 
 def test_labels_are_the_mean_teachers_softmax(taught, models):
-    """Also after a way through the disk; the windows are those of the run's own teacher."""
-    labelled = coresets.kd(taught, sequences=5, seed=0)
+    """Before they are condensed; the windows are those of the run's own teacher."""
+    labelled = coresets.with_exact_labels(taught, coresets.k_means(taught, sequences=5, seed=0))
     assert torch.equal(labelled.items, coresets.k_means(replace(taught, labeller_folders=()), 5, 0).items)
     logs = torch.stack([log_probabilities(model, labelled.items) for model in models]).mean(0)
     exact = labelled.target_probabilities(taught.embeddings)
     torch.testing.assert_close(exact[labelled.mask], logs.softmax(-1).float()[labelled.mask], atol=1e-5, rtol=1e-4)
-    assert (exact - labelled.stored().target_probabilities(taught.embeddings)).abs().max() < 5e-3
 
 
 def test_the_outer_loss_reads_the_mean(taught, models):
@@ -96,18 +95,18 @@ def test_the_outer_loss_reads_the_mean(taught, models):
 
 
 def test_foster_distils_from_several_teachers(taught, tmp_path):
-    """All parts take labels of their width; what is stored comes back."""
+    """From their condensed labels; what is stored comes back."""
     settings = FosterSettings(iterations=3, subset=16, windows=4, inner_likeness=1.0)
     told = replace(taught, readings=2, successors=True)
     start = start_sequences(told, 4, seed=0)
     learned, _ = distill(told, start, settings, seed=0)
-    width = 3 * taught.model_settings.width
+    width = taught.model_settings.width
     assert learned.labels.shape[-1] == learned.queries.shape[-1] == width
     assert not torch.equal(learned.labels, start.labels)
     assert learned.further_labels.shape[-1] == width and learned.successors.shape == (width + 1, width)
     again = SyntheticSequences.load(learned.save(tmp_path / "S"))
     found, kept = (sequences.features(taught.embeddings) for sequences in (again, learned))
-    torch.testing.assert_close(found, kept, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found, kept, atol=0.02, rtol=0)
 
 
 def test_a_missing_teacher_is_named(task, tmp_path):

@@ -58,9 +58,10 @@ def equal(a: SyntheticSequences, b: SyntheticSequences) -> bool:
     """All parts have the same type and bits, absent parts are absent in both."""
     if (a.adapter or {}).keys() != (b.adapter or {}).keys():
         return False
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(SyntheticSequences) if f.name != "adapter"]
+    apart = ("adapter", "bits")
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(SyntheticSequences) if f.name not in apart]
     pairs += [(tensor, b.adapter[name]) for name, tensor in (a.adapter or {}).items()]
-    return all(x is y is None or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
+    return a.bits == b.bits and all(x is y is None or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
 
 
 def test_from_windows():
@@ -203,7 +204,11 @@ def test_decode_names_the_most_probable_items():
 # ------------------------------------------------------------------------------ on the disk
 
 
-@pytest.mark.parametrize("make", [full, lambda: SyntheticSequences.from_windows(windows(), LENGTH)])
+def in_bytes() -> SyntheticSequences:
+    return replace(full(), bits=8)
+
+
+@pytest.mark.parametrize("make", [full, in_bytes, lambda: SyntheticSequences.from_windows(windows(), LENGTH)])
 def test_round_trip_equals_stored(tmp_path, make):
     """What comes back from the disk is `stored()`, bit by bit, and storing again changes nothing."""
     s = make()
@@ -227,7 +232,27 @@ def test_stored_rounds_to_half_precision():
         torch.testing.assert_close(rounded, exact, rtol=2**-11, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [full, lambda: SyntheticSequences.from_windows(windows(), LENGTH)])
+def test_stored_in_bytes_rounds_each_row_to_its_scale():
+    """Numbers of a matrix are off by at most half a 127th of the largest of their row, other numbers by half
+    precision; rows of zeros, as padding has, stay so.
+    """
+    s = in_bytes()
+    s = replace(s, labels=s.labels * s.mask[..., None] * torch.tensor([1e-3, 1.0, 50.0, 1.0])[:, None, None])
+    stored = s.stored()
+    for name, exact in s.tensors().items():
+        rounded = stored.tensors()[name]
+        if name in ("labels", "queries", "adapter.linear.weight"):
+            largest = exact.abs().amax(-1, keepdim=True)
+            assert ((rounded - exact).abs() <= largest * (0.5 / 127 + 1e-6)).all()
+            assert len(torch.unique(exact)) > 20 and not torch.equal(rounded, exact)
+        elif exact.is_floating_point():
+            torch.testing.assert_close(rounded, exact, rtol=2**-11, atol=1e-6)
+        else:
+            assert torch.equal(rounded, exact)
+    assert not stored.labels[~s.mask].any()
+
+
+@pytest.mark.parametrize("make", [full, in_bytes, lambda: SyntheticSequences.from_windows(windows(), LENGTH)])
 def test_size_in_bytes_is_the_payload_of_the_file(tmp_path, make):
     """File = 8 bytes + header + payload; the payload is the figure that budgets are counted in."""
     s = make()
@@ -237,10 +262,14 @@ def test_size_in_bytes_is_the_payload_of_the_file(tmp_path, make):
 
 
 def test_size_by_hand():
-    """Two int32 and a bool per position, then two bytes a number; the catalogue does not enter."""
+    """Two int32 and a bool per position, then two bytes a number, or one and two for the row's scale; the catalogue
+    does not enter."""
     positions = 4 * LENGTH
     assert SyntheticSequences.from_windows(windows(), LENGTH).size_in_bytes() == positions * (4 + 4 + 1)
     assert full().size_in_bytes() == positions * (4 + 4 + 1) + 2 * (K * WIDTH + K + positions * (2 * K + 1))
+    rows, vectors = positions * 2 + K, 2 * (positions + K)
+    matrices = positions * 2 * K + K * WIDTH
+    assert in_bytes().size_in_bytes() == positions * (4 + 4 + 1) + vectors + matrices + 2 * rows
     assert full().input_probabilities(embeddings(400)).shape == (4, LENGTH, 400)
 
 
@@ -294,7 +323,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_to_moves_every_part():
-    """`to` keeps values and absent parts."""
+    """`to` keeps values, absent parts, and how numbers are stored; so does `detached`."""
     assert equal(full().to("cpu"), full())
+    assert equal(in_bytes().to("cpu"), in_bytes().detached())
     real = SyntheticSequences.from_windows(windows(), LENGTH).to("cpu")
     assert real.labels is None and real.queries is None
