@@ -165,6 +165,8 @@ def recbole_sasrec(n_items: int, device: str) -> tuple[nn.Module, torch.optim.Op
         sys.modules.setdefault(name, MagicMock())
     from recbole.model.sequential_recommender.sasrec import SASRec
 
+    torch.autograd.set_detect_anomaly(False)  # which RecBole turns on as it is imported: slow, for both
+
     config = {
         "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
         "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": MODEL.length, "device": torch.device(device),
