@@ -52,7 +52,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """As `studies.yaml` has it; `laid_over` is a change of the profile that all variants share."""
+    """As `studies.yaml` has it; `laid_over` is a change of the profile that all rows share, the references too."""
 
     name: str
     spec: dict[str, Any]
@@ -81,7 +81,7 @@ def load_study(name: str, profile: Profile) -> Study:
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
     defaults = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
-    defaults |= {"collapse": False, "run": True}
+    defaults |= {"collapse": False, "run": True, "settings": {}}
     given, where = space["studies"][name], f"key in study '{name}':"
     _check(given, [*defaults, "title", "panels"], where)
     _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
@@ -98,10 +98,12 @@ def load_study(name: str, profile: Profile) -> Study:
             label, value = next(iter(value.items())) if isinstance(value, dict) else (str(value), value)
             title = f"{get_method(method).title}, {sweep['axis']}: {label}"
             found.append(Variant(title, method, {section: {key: value} if key else value}, sweep["axis"], label))
+    changes = ("sequences", *BUDGET[2:], *SECTIONS)
+    _check(spec["settings"], changes, where)
     for variant in found:
-        _check(variant.change, ("parameters", "sequences", *BUDGET[2:], *SECTIONS), where)
+        _check(variant.change, ("parameters", *changes), where)
         check_parameters(variant.method, variant.change.get("parameters", {}))
-    return Study(name, spec, found, space["smoke"] if smoke else {})
+    return Study(name, spec, found, {**spec["settings"], **(space["smoke"] if smoke else {})})
 
 
 def smoke_settings(settings: Settings, profile: Profile) -> Settings:

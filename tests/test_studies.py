@@ -177,6 +177,16 @@ def test_the_smoke_profile_has_values_of_its_own(space, profile):
     assert study_folder("parts", "cpu").name == "parts"
 
 
+def test_settings_of_a_study_hold_for_all_its_rows(space, profile):
+    """For references and variants; what the profile `smoke` lays over a study comes after them."""
+    parts = {**SPACE["studies"]["parts"], "settings": {"sequences": 2, "model": {"width": 8}}}
+    space({**SPACE, "studies": {"parts": parts}})
+    for chosen, sequences in ((profile, 2), (replace(profile, name="smoke"), 3)):
+        runs = [run for _, run in load_study("parts", chosen).runs(chosen, ["toy"], [0])]
+        assert {run.method for run in runs} == {"full", "untrained", "kd", "foster"}
+        assert {(run.settings.sequences, run.settings.model.width) for run in runs} == {(sequences, 8)}
+
+
 def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     profile = replace(profile, students=2)
     study = load_study("sizes", profile)
@@ -258,6 +268,7 @@ def test_costs_are_read_and_nothing_is_run(space, profile, monkeypatch, tmp_path
         ({"sweeps": [{**SWEEP, "value": [1]}]}, "'value'.*Did you mean 'values'"),
         ({"sweeps": [{**SWEEP, "change": "parameters.subst"}]}, "'subst'"),
         ({"sweeps": [{**SWEEP, "change": "modell.length"}]}, "'modell'.*Did you mean 'model'"),
+        ({"settings": {"sequence": 3}}, "'sequence'.*Did you mean 'sequences'"),
         ({"panels": ["ndcg@7"]}, "'ndcg@7'"),
         ({"panel": ["ndcg@10"]}, "'panel'.*Did you mean 'panels'"),
     ],
