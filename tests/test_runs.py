@@ -232,6 +232,13 @@ def test_code_fingerprint_sees_code_and_not_comments(tmp_path, monkeypatch):
     records._code_of.cache_clear()
 
 
+def test_what_the_core_computes_with_is_in_every_key():
+    """The core modules import nothing beside them but what reads files and settings, whose content is in the key."""
+    imported = set().union(*(records._imports_of(module) for module in records.CORE_MODULES))
+    assert imported <= {"config", "datasets", "paths"}
+    assert {"condense", "regulariser", "adjoint"} <= set(records.modules_behind("foster"))
+
+
 def test_profiles_extend_each_other_and_refuse_unknown_keys():
     quick, cpu = load_profile("quick").settings("ml-100k"), load_profile("cpu").settings("ml-100k")
     assert replace(quick, profile="cpu") == cpu
