@@ -237,7 +237,7 @@ def test_stored_in_bytes_rounds_each_row_to_its_scale():
     precision; rows of zeros, as padding has, stay so.
     """
     s = in_bytes()
-    s = replace(s, labels=s.labels * s.mask[..., None] * torch.tensor([1e-3, 1.0, 50.0, 1.0])[:, None, None])
+    s = replace(s, labels=s.labels * s.mask[..., None] * torch.tensor([1e-6, 1.0, 50.0, 1.0])[:, None, None])
     stored = s.stored()
     for name, exact in s.tensors().items():
         rounded = stored.tensors()[name]
