@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from foster_lib.adjoint import Rollout
 from foster_lib.batches import Batch, make_batch
 from foster_lib.errors import FosterError, check_known
+from foster_lib.importance import ImportanceSampler, label_mass
 from foster_lib.penalty import Pair
 from foster_lib.regulariser import FORMS, cooccurrence_regulariser
 from foster_lib.sasrec import SASRec
@@ -44,7 +45,8 @@ class FosterSettings:
     iterations : steps on the synthetic data
     hypergradient : how ∂L_real/∂S is found, "adjoint" or "penalty"
     subset : N, items drawn per iteration
-    probable : whether each subset holds the items besides that are most probable in a label of S, and
+    importance : share of the draws that go where the labels of S have probability, see `importance`; 0: uniform
+    probable : another way to the same: uniform draws, and the items besides that are most probable in a label of S, and
         the real next items in L_real; few of the N would be among them
     windows : real windows per evaluation of L_real
     pool : students trained side by side, reset at different times
@@ -66,7 +68,8 @@ class FosterSettings:
     iterations: int = 600
     hypergradient: str = "adjoint"
     subset: int = 512
-    probable: bool = True
+    importance: float = 0.0
+    probable: bool = False
     windows: int = 32
     pool: int = 4
     inner_steps: int = 4
@@ -92,6 +95,10 @@ class FosterSettings:
     def __post_init__(self) -> None:
         check_known(self.hypergradient, HYPERGRADIENTS, "hypergradient")
         check_known(self.regulariser_form, FORMS, "regulariser_form")
+        if not 0 <= self.importance <= 1:
+            raise FosterError(f"importance is a share of the draws, from 0 to 1, not {self.importance}.")
+        if self.importance and self.probable:
+            raise FosterError("subsets hold what is probable by importance or besides: set one of the two to 0.")
 
     def judged(self, subset: Subset, windows: Batch, teacher: SASRec | None) -> Subset:
         """The items that L_real runs over: the real next items are among them where they are its targets, or
@@ -129,6 +136,10 @@ class Synthesizer:
         )
         readings = [start.reading(number) for number in range(start.readings)]
         self.wanted = [reading.wanted(self.f) for reading in readings] if settings.probable else None
+        self.samplers = settings.importance and [
+            ImportanceSampler(label_mass(reading.labels[reading.mask], self.f), settings.subset, settings.importance)
+            for reading in readings
+        ]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -140,8 +151,11 @@ class Synthesizer:
         if self.start.readings > 1:
             self.number = int(generator.integers(self.start.readings))
 
-    def subset(self, drawn: Subset) -> Subset:
-        """What S reads of the catalogue when `drawn` was drawn, its anchors aside."""
+    def draw(self, generator: np.random.Generator) -> Subset:
+        """The items of this iteration: what S reads of the catalogue, its anchors aside."""
+        if self.samplers:
+            return self.samplers[self.number].draw(generator).to(self.f.device)
+        drawn = sample_subset(len(self.f), self.settings.subset, generator).to(self.f.device)
         return drawn.including(self.wanted[self.number]) if self.settings.probable else drawn
 
     def learned(self) -> SyntheticSequences:
@@ -241,8 +255,7 @@ def distill(
             student.reset(state())
         student.served += 1
         synthetic.turn(generator)
-        subset = synthetic.subset(sample_subset(task.n_items, settings.subset, generator).to(task.device))
-        batch = synthetic.batch(subset, generator)
+        batch = synthetic.batch(synthetic.draw(generator), generator)
         gradients, inner, outer = student.gradient(synthetic, batch, draw_windows, teacher)
         regulariser = 0.0
         if settings.regulariser:

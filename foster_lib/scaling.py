@@ -53,7 +53,8 @@ def distillation_steps(
     Parameters
     ----------
     sizes : |V|; a million items of width 384 need about 8 GB while the distillation is set up
-    settings : one student in the pool by default, which costs a step nothing and saves set-up
+    settings : by default items are drawn by importance, as for the large data sets of Table 2, and one student is in
+        the pool, which costs a step nothing and saves set-up
     steps, repeats : timed steps of each distillation, which take turns with those of the other sizes; how often all
         of it is done
 
@@ -65,7 +66,7 @@ def distillation_steps(
         `gigaflop` of matrix products in a step; `floor_seconds`, the time of these at the rate that a large matrix
         product reaches between the steps; `times_floor`.
     """
-    settings = replace(settings or FosterSettings(pool=1), iterations=steps + 4)
+    settings = replace(settings or FosterSettings(pool=1, importance=0.5), iterations=steps + 4)
     tasks = {size: SyntheticTask.make(size, embedding_width, model, seed, device) for size in sizes}
     starts = {size: _start(task, sequences) for size, task in tasks.items()}
     probes: dict[int, list[StepProbe]] = {size: [] for size in sizes}

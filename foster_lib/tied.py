@@ -23,7 +23,7 @@ from torch import Tensor
 from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, Synthesizer, distill
 from foster_lib.selection import cluster_medoids
-from foster_lib.subsets import Subset, SyntheticBatch, subset_inputs
+from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
@@ -118,7 +118,8 @@ class TiedSynthesizer(Synthesizer):
     def tensors(self) -> list[Tensor]:
         return [*self.z, *self.beta]
 
-    def subset(self, drawn: Subset) -> Subset:
+    def draw(self, generator: np.random.Generator) -> Subset:
+        drawn = sample_subset(len(self.f), self.settings.subset, generator).to(self.f.device)
         return drawn.including(self.start.wanted())
 
     def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:

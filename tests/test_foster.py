@@ -151,12 +151,14 @@ def test_the_adapter_learns_at_its_own_rate(task):
 def test_subsets_hold_what_is_probable_in_a_label(task, synthetic):
     """With `probable`; the others of a subset then stand for what is left of the catalogue."""
     drawn = sample_subset(task.n_items, 5, np.random.default_rng(0))
+    synthetic = Synthesizer(synthetic.start, task.embeddings, replace(FAST, subset=5, probable=True))
     f = synthetic.f
     best = {int(j) for z in synthetic.z_y.detach()[synthetic.start.mask] for j in (f @ z).topk(3).indices}
-    subset = synthetic.subset(drawn)
+    subset = synthetic.draw(np.random.default_rng(0))
     assert set(subset.items.tolist()) == best | set(drawn.items.tolist())
     assert subset.log_weight.exp().sum() == pytest.approx(task.n_items, rel=1e-5)
-    assert Synthesizer(synthetic.start, task.embeddings, replace(FAST, probable=False)).subset(drawn) is drawn
+    plain = Synthesizer(synthetic.start, task.embeddings, replace(FAST, subset=5)).draw(np.random.default_rng(0))
+    assert torch.equal(plain.items, drawn.items) and plain.log_weight == drawn.log_weight
 
 
 def test_weights_in_the_real_loss_stand_for_copies(task):

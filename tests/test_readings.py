@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -208,13 +209,14 @@ def test_distilling_moves_the_labels_of_all_readings_alike(long, start):
 
 def test_an_iteration_is_about_one_reading(long, start):
     """Its label gradient is that of the same loss on the reading alone."""
-    synthetic = Synthesizer(start, long.embeddings, FosterSettings())
+    synthetic = Synthesizer(start, long.embeddings, FosterSettings(subset=2, probable=True))
     generator, numbers = np.random.default_rng(0), set()
     for _ in range(30):
         synthetic.turn(generator)
         numbers.add(synthetic.number)
-        read, drawn = start.reading(synthetic.number), sample_subset(long.n_items, 2, generator)
-        batch = synthetic.batch(synthetic.subset(drawn))
+        read = start.reading(synthetic.number)
+        drawn = sample_subset(long.n_items, 2, copy.deepcopy(generator))
+        batch = synthetic.batch(synthetic.draw(generator))
         assert torch.equal(batch.anchors, read.items)
         assert torch.equal(batch.subset.items, drawn.including(most_probable(read, long)).items)
     assert numbers == set(range(READINGS))

@@ -54,8 +54,8 @@ def test_operations_include_attention_on_the_cpu():
 
 
 def test_a_step_of_distillation_does_not_grow_with_the_catalogue():
-    """Uniform subsets; a catalogue of 500 has hardly more items than are probable somewhere, and these go on top."""
-    settings = FosterSettings(pool=1, subset=64, windows=4, probable=False)
+    """Drawn by importance as uniformly: N items, however large the catalogue."""
+    settings = FosterSettings(pool=1, subset=64, windows=4, importance=0.5)
     table = distillation_steps((500, 5000), settings=settings, sequences=4, steps=1, repeats=1, **SMALL)
     assert ratio_of_ends(table, "step_mib") < 1.1 and ratio_of_ends(table, "gigaflop") < 1.1
     assert ratio_of_ends(table, "table_mib") == pytest.approx(10) and table["setup_mib"].is_monotonic_increasing

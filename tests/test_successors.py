@@ -102,8 +102,8 @@ def test_a_student_of_single_items_learns_what_follows_them(told, sequences):
 
 
 def test_phi_heeds_them_too(told, sequences):
-    synthetic = Synthesizer(sequences, told.embeddings, FosterSettings(inner_likeness=0.5))
-    subset = synthetic.subset(sample_subset(told.n_items, 30, np.random.default_rng(0)))
+    synthetic = Synthesizer(sequences, told.embeddings, FosterSettings(inner_likeness=0.5, subset=30))
+    subset = synthetic.draw(np.random.default_rng(0))
     known = synthetic.batch(subset, np.random.default_rng(0)).likeness
     assert known.successors.shape == known.y.shape and known.weight == 0.5
     assert torch.equal(synthetic.result().successors, sequences.successors)

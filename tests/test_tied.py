@@ -76,8 +76,8 @@ def test_sequences_of_another_method_are_no_tied_ones(task, tmp_path):
 
 
 def test_a_batch_over_all_items_is_the_full_computation(task, learned):
-    synthetic = TiedSynthesizer(learned, task.embeddings, FAST)
-    batch = synthetic.batch(synthetic.subset(sample_subset(task.n_items, 10**6, np.random.default_rng(0))))
+    synthetic = TiedSynthesizer(learned, task.embeddings, replace(FAST, subset=10**6))
+    batch = synthetic.batch(synthetic.draw(np.random.default_rng(0)))
     p = batch.p.scatter_add(-1, learned.items[..., None], batch.own[..., None])
     torch.testing.assert_close(p, learned.input_probabilities(task.embeddings))
     torch.testing.assert_close(batch.y, learned.target_probabilities(task.embeddings)[learned.mask])
@@ -124,8 +124,8 @@ def test_distilling_reads_no_teacher_and_repeats(task):
 def test_the_gradient_goes_through_both_roles(task, learned):
     """∂(L_syn(θ) − L_syn(φ))/∂z of a mixture that is input and target, against differences,
     for each learned tensor."""
-    synthetic = TiedSynthesizer(learned, task.embeddings, FAST)
-    everything = synthetic.subset(sample_subset(task.n_items, 10**6, np.random.default_rng(0)))
+    synthetic = TiedSynthesizer(learned, task.embeddings, replace(FAST, subset=10**6))
+    everything = synthetic.draw(np.random.default_rng(0))
     theta, phi = task.teacher, task.new_model(3).eval()
 
     def gap() -> float:
