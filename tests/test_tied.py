@@ -77,6 +77,8 @@ def test_sequences_of_another_method_are_no_tied_ones(task, tmp_path):
 
 def test_a_batch_over_all_items_is_the_full_computation(task, learned):
     synthetic = TiedSynthesizer(learned, task.embeddings, replace(FAST, subset=10**6))
+    few = TiedSynthesizer(learned, task.embeddings, replace(FAST, subset=2)).draw(np.random.default_rng(0))
+    assert torch.isin(learned.items, few.items).all() and torch.isin(learned.targets[learned.mask], few.items).all()
     batch = synthetic.batch(synthetic.draw(np.random.default_rng(0)))
     p = batch.p.scatter_add(-1, learned.items[..., None], batch.own[..., None])
     torch.testing.assert_close(p, learned.input_probabilities(task.embeddings))
