@@ -20,6 +20,7 @@ from foster_lib.datasets import Dataset, load_dataset
 from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import Scorer, rank_queries, recommender_scorer
+from foster_lib.fidelity import kl_to_teacher
 from foster_lib.methods import METHODS, base_name, check_parameters, get_method
 from foster_lib.paths import cache_dir, results_dir
 from foster_lib.recipes import train_full, train_student
@@ -205,6 +206,10 @@ def run_one(run: Run, device: str, progress: bool, fresh: bool = True) -> str:
         score = recommender_scorer(model)
         seconds["training"] = round(log.seconds, 2)
         details = {"bytes": stored.size_in_bytes(), "targets": int(stored.mask.sum()), "kept_step": log.best_epoch}
+        # Students read the sequences, so that their teachers need not be there.
+        if run.teachers and all(trained(teacher) for teacher in run.teachers):
+            teacher = recommender_scorer(task.labeller)
+            details["kl_to_teacher"] = kl_to_teacher(teacher, score, split.validation.histories)
     else:
         score, seconds["distillation"] = apply_method(run, task, label if progress else "")
         if run.method == "full":

@@ -198,6 +198,7 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
         shared |= {"study": study.name, "sweep": variant.sweep, "value": variant.value}
         shared["variant"] = variant.name + STALE * (manifest["code"] != run.code)
         figures = manifest["test"] | costs | (collapse_figures(run) if study.spec["collapse"] else {})
+        figures["kl_to_teacher"] = manifest["details"].get("kl_to_teacher", np.nan)
         shared |= costs | {"as_profile": run.path in base}
         records += [{**shared, "metric": metric, "figure": figure} for metric, figure in figures.items()]
     frame = pd.DataFrame(records)

@@ -212,6 +212,9 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
             assert cell["recovered_gain"] == pytest.approx(
                 (np.mean(values) - untrained) / (full - untrained), nan_ok=True
             )
+        distances = seed_means(name, lambda m: m["details"].get("kl_to_teacher", np.nan))
+        assert cells.loc[(name, "kl_to_teacher"), "mean"] == pytest.approx(np.mean(distances), nan_ok=True)
+        assert (runs[0].method == "foster") == np.isfinite(distances).all()
     name = "FOSTER, N: all"
     own, cell = by_name[name], cells.loc[(name, "ndcg@10")]
     first = [run.manifest() for run in own if not run.student]
