@@ -57,14 +57,14 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
 
 
 def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
-    """A row per data set and a column per panel: curves over the values of each sweep, or a dot per variant."""
+    """A row per data set and sweep, a column per panel: curves over the values of a sweep, or a dot per variant."""
     use_style()
     sweeps = [sweep for sweep in table["sweep"].unique() if sweep not in ("", "reference")]
-    columns, datasets = list(itertools.product(spec["panels"], sweeps or [""])), list(table["dataset"].unique())
+    columns, rows = spec["panels"], list(itertools.product(table["dataset"].unique(), sweeps or [""]))
     size = (3.4 * len(columns), 3.2) if sweeps else (2.4 + 2.8 * len(columns), 0.8 + 0.25 * table["variant"].nunique())
     options = {"squeeze": False, "layout": "constrained", "sharey": False if sweeps else "row"}
-    figure, axes = plt.subplots(len(datasets), len(columns), figsize=(size[0], size[1] * len(datasets)), **options)
-    for (row, dataset), (column, (panel, sweep)) in itertools.product(enumerate(datasets), enumerate(columns)):
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(size[0], size[1] * len(rows)), **options)
+    for (row, (dataset, sweep)), (column, panel) in itertools.product(enumerate(rows), enumerate(columns)):
         axis, part = axes[row, column], table[(table["dataset"] == dataset) & (table["metric"] == panel)]
         (_curves if sweep else _dots)(axis, part, sweep)
         (axis.set_ylabel if sweep else axis.set_xlabel)(f"{spec['labels'][panel]}\n({dataset})")
@@ -92,7 +92,7 @@ def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
     for method, style, shade in (("full", (0, (6, 2)), "0.15"), ("kd", ":", "0.45")):
         line = part[(part["sweep"] == "reference") & (part["method"] == method) & ~own["method"].eq(method).any()]
         line = line[~line["metric"].isin(COSTS) | (method != "full")]  # full data has nothing to distil
-        for value in line["mean"]:
+        for value in line["mean"].dropna():
             axis.axhline(value, ls=style, color=shade, lw=1.3, label=get_method(method).title)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(True, axis="y")
@@ -110,7 +110,7 @@ def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
     axis.set_yticks(part["place"], part["variant"])
     axis.grid(True, axis="y", alpha=0.4)
     axis.margins(0.08)
-    if metric in COSTS and metric != "peak_memory_mib":
+    if metric == "kl_to_teacher" or (metric in COSTS and metric != "peak_memory_mib"):
         axis.set_xscale("log")
 
 
