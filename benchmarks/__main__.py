@@ -51,7 +51,8 @@ NOTES = {
         "*step*: most bytes that a step has allocated at once, beside *tables*: embeddings, their normalised copy and "
         "features, which are there throughout and grow with the catalogue, as does the *set-up* before the first step. "
         "*times floor*: seconds of a step, divided by those that its matrix products would take at the rate of a "
-        "large one."
+        "large one. 512 draws by importance are fewer items of a thousand, some of which come twice, than of a "
+        "million: that is what operations grow by."
     ),
     "training_memory": (
         "The full softmax needs positions × items; over a drawn subset a step needs the same for any catalogue."
