@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -149,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     parameters = {key: value for key, value in options.items() if value is not None and value != ""}
     parameters |= dict(extra)
     logging.basicConfig(level=logging.WARNING)
+    # Runs compute on one thread; so do notebooks, whose small products two threads slow down where a core is busy.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         planned = plan(names, parameters)
     except FosterError as error:
