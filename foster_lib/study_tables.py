@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from foster_lib.evaluation import paired_bootstrap
 from foster_lib.methods import get_method
@@ -112,6 +113,10 @@ def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
     axis.margins(0.08)
     if metric == "kl_to_teacher" or (metric in COSTS and metric != "peak_memory_mib"):
         axis.set_xscale("log")
+        narrow = part["mean"].max() < 100 * part["mean"].min()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
 
 
 def number(value: float, digits: int, spread: float = np.nan) -> str:
