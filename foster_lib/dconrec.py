@@ -19,6 +19,7 @@ them, in as many sequences as they come from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,8 +199,12 @@ def condense(
     inner_learning_rate: float,
     seed: int,
     progress: str = "",
+    on_step: Callable | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """Learn s, (C,) float64; also the course of the mean loss. Parameters: see `dconrec`."""
+    """Learn s, (C,) float64; also the course of the mean loss.
+
+    Parameters: see `dconrec`; `on_step` is called after each step with its number and a function that returns s.
+    """
     generator, model = np.random.default_rng(seed), task.new_model(seed).eval()
     trajectory = task.trajectory[:checkpoints]
     free = torch.from_numpy(~interactions.fixed)
@@ -208,6 +213,10 @@ def condense(
     s = torch.full((int(free.sum()),), 1.0, dtype=torch.float64)
     s = (s * min(1.0, room / len(s))).requires_grad_()
     optimizer, losses = torch.optim.Adam([s], lr=learning_rate), []
+
+    def everywhere() -> Tensor:
+        return torch.ones(len(interactions), dtype=torch.float64).masked_scatter(free, s.detach())
+
     bar = tqdm(range(iterations), desc=progress, unit="step", disable=not progress)
     for iteration in bar:
         checkpoint = trajectory[generator.integers(len(trajectory))]
@@ -229,9 +238,9 @@ def condense(
         s.data = project(s.data, room)
         losses.append(float(values.mean()))
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    full = torch.ones(len(interactions), dtype=torch.float64)
-    full[free] = s.detach()
-    return full, losses
+        if on_step:
+            on_step(iteration, everywhere)
+    return everywhere(), losses
 
 
 def _loss_after(
@@ -263,6 +272,7 @@ def dconrec(
     batch_size: int = 16,
     learning_rate: float = 0.02,
     inner_learning_rate: float = 5e-3,
+    on_step: Callable | None = None,
 ) -> SyntheticSequences:
     """The method as Table 2 calls it: hard sequences of together at most n · L interactions.
 
@@ -277,9 +287,15 @@ def dconrec(
     checkpoints : the inner model starts at one of the trajectory's first checkpoints
     batch_size, inner_learning_rate : of the epoch on a mask's sequences
     learning_rate : of Adam on s, falling to zero by a cosine
+    on_step : called after each step with its number and a function that returns the sequences so far
     """
     budget = sequences * task.sequence_length
     interactions = candidates(task, budget, pool, added, tail, compensation, seed)
+
+    def made(s: Tensor) -> SyntheticSequences:
+        kept = most_probable(interactions, s.numpy(), budget)
+        return SyntheticSequences.from_windows(interactions.pieces(kept), task.sequence_length)
+
     s, _ = condense(
         task,
         interactions,
@@ -293,6 +309,6 @@ def dconrec(
         inner_learning_rate=inner_learning_rate,
         seed=seed,
         progress=progress,
+        on_step=on_step and (lambda iteration, learned: on_step(iteration, lambda: made(learned()))),
     )
-    kept = most_probable(interactions, s.numpy(), budget)
-    return SyntheticSequences.from_windows(interactions.pieces(kept), task.sequence_length)
+    return made(s)

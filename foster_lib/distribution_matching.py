@@ -8,6 +8,8 @@ comparison is one of objectives. Nothing is trained, and no gradient is differen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -67,6 +69,7 @@ def distribution_matching(
     conditional: float = 1.0,
     input_learning_rate: float = 0.01,
     label_learning_rate: float = 0.003,
+    on_step: Callable | None = None,
 ) -> SyntheticSequences:
     """DM (arXiv 2110.04181): S's mean hidden states shall be those of real windows.
 
@@ -83,4 +86,6 @@ def distribution_matching(
         return distribution_loss(model, synthetic.batch(items), real, targets, conditional)
 
     rates = (input_learning_rate, label_learning_rate)
-    return descend(task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress)[0]
+    return descend(
+        task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress, on_step=on_step
+    )[0]

@@ -15,6 +15,7 @@ through k numbers an item. One outer step of `distill`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -136,9 +137,17 @@ def meta_gradient(
 
 
 def distill(
-    task: Task, sequences: int, settings: FarziSettings, *, seed: int, progress: str = ""
+    task: Task,
+    sequences: int,
+    settings: FarziSettings,
+    *,
+    seed: int,
+    progress: str = "",
+    on_step: Callable | None = None,
 ) -> tuple[LatentSequences, list[float]]:
     """Run the algorithm; needs a trajectory of full-data training.
+
+    on_step : called after each outer step with its number and a function that returns S so far.
 
     Returns
     -------
@@ -151,8 +160,13 @@ def distill(
     descent = FactorDescent(factors, settings)
     student = FlatModel(with_dropout(task, settings.dropout).new_model(seed))
     adam, history = Adam(settings.inner_learning_rate), []
+
+    def made() -> LatentSequences:
+        now = {name: tensor.detach().cpu().clone() for name, tensor in zip(LatentSequences.FACTORS, factors)}
+        return LatentSequences.from_factors(**now)
+
     bar = tqdm(range(settings.outer_steps), desc=progress, unit="step", disable=not progress)
-    for _ in bar:
+    for outer in bar:
         subset = draw_subset(task, settings.subset, generator)
         items = subset.items if subset else None
         p = (latent @ (decoder if subset is None else decoder[:, items])).softmax(-1)
@@ -169,9 +183,14 @@ def distill(
         descent.step(torch.autograd.grad(p, factors, d_p))
         history.append(outer_loss)
         bar.set_postfix(outer=f"{history[-1]:.3f}", refresh=False)
-    return LatentSequences.from_factors(latent=latent.detach().cpu(), decoder=decoder.detach().cpu()), history
+        if on_step:
+            on_step(outer, made)
+    return made(), history
 
 
-def farzi(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
+def farzi(
+    task: Task, sequences: int, seed: int, progress: str = "", on_step: Callable | None = None, **parameters
+) -> SyntheticSequences:
     """The method as Table 2 calls it; parameters are those of `FarziSettings`."""
-    return distill(task, sequences, FarziSettings(**parameters), seed=seed, progress=progress)[0]
+    settings = FarziSettings(**parameters)
+    return distill(task, sequences, settings, seed=seed, progress=progress, on_step=on_step)[0]

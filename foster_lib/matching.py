@@ -63,11 +63,13 @@ def descend(
     seed: int,
     progress: str = "",
     also: Sequence[Tensor] = (),
+    on_step: Callable | None = None,
 ) -> tuple[SyntheticSequences, list[float]]:
     """Minimise `objective` over S with FOSTER's optimiser: (S, course of the loss).
 
     `rates` are the learning rates of inputs and labels; `also` are tensors learned beside S (the
-    step size of trajectory matching), at rate 0.01.
+    step size of trajectory matching), at rate 0.01. `on_step` is called after each step with its
+    number and a function that returns S so far.
     """
     settings = FosterSettings(input_learning_rate=rates[0], label_learning_rate=rates[1])
     synthetic = Synthesizer(start.to(task.device), task.embeddings, settings)
@@ -89,6 +91,8 @@ def descend(
             beside.step()
         losses.append(float(loss.detach()))
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+        if on_step:
+            on_step(iteration, synthetic.result)
     return synthetic.result(), losses
 
 
@@ -167,6 +171,7 @@ def gradient_matching(
     by_row: bool = False,
     input_learning_rate: float = 0.01,
     label_learning_rate: float = 0.003,
+    on_step: Callable | None = None,
 ) -> SyntheticSequences:
     """DC (arXiv 2006.05929, algorithm 1): S's gradients shall point where real ones do.
 
@@ -179,6 +184,7 @@ def gradient_matching(
     checkpoints : networks start at one of the trajectory's first checkpoints
     by_row : cosine per output unit instead of per layer
     input_learning_rate, label_learning_rate : of Adam on S
+    on_step : see `descend`
     """
     soft = start == "teacher"
     first = start_sequences(task, sequences, seed, start)
@@ -204,7 +210,9 @@ def gradient_matching(
         return gradient_loss(model, batch, torch.autograd.grad(loss, matrices(model)), by_row)
 
     rates = (input_learning_rate, label_learning_rate)
-    return descend(task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress)[0]
+    return descend(
+        task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress, on_step=on_step
+    )[0]
 
 
 # ------------------------------------------------------------------ trajectory matching
@@ -257,6 +265,7 @@ def trajectory_matching(
     rate: float = 5e-3,
     input_learning_rate: float = 0.01,
     label_learning_rate: float = 0.003,
+    on_step: Callable | None = None,
 ) -> SyntheticSequences:
     """MTT (arXiv 2203.11932, algorithm 1): N steps on S shall lead where M epochs of all data do.
 
@@ -267,6 +276,7 @@ def trajectory_matching(
     steps : N; expert_epochs : M; checkpoints : t is drawn from 0 … checkpoints − 1
     adam, rate : the unrolled optimiser and its step size at the start; the step size is learned
     input_learning_rate, label_learning_rate : of Adam on S
+    on_step : see `descend`
     """
     if len(task.trajectory) < checkpoints + expert_epochs:
         raise FosterError(
@@ -286,8 +296,14 @@ def trajectory_matching(
         batch = synthetic.batch(sample_subset(task.n_items, subset, generator).to(task.device))
         return trajectory_distance(unroll(model, begin, batch, steps, log_rate.exp(), adam), target, begin)
 
-    rates = (input_learning_rate, label_learning_rate)
-    beside = [log_rate]
     return descend(
-        task, first, objective, iterations=iterations, rates=rates, seed=seed, progress=progress, also=beside
+        task,
+        first,
+        objective,
+        iterations=iterations,
+        rates=(input_learning_rate, label_learning_rate),
+        seed=seed,
+        progress=progress,
+        also=[log_rate],
+        on_step=on_step,
     )[0]

@@ -113,7 +113,7 @@ METHODS: dict[str, Method] = {**REFERENCES, **CORESETS, **LABELLED, **DISTILLATI
 """In the order of the table."""
 
 
-NO_PARAMETERS = ("task", "sequences", "seed", "parameters", "progress")
+NO_PARAMETERS = ("task", "sequences", "seed", "parameters", "progress", "on_step")
 """What a method's function takes besides its parameters."""
 
 

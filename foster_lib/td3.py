@@ -23,6 +23,7 @@ drawn at random: the sequence cut off there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +36,7 @@ from tqdm.auto import tqdm
 from foster_lib.coresets import ALIKE
 from foster_lib.encoder import load_tensors
 from foster_lib.errors import FosterError, check_known
+from foster_lib.sasrec import SASRec
 from foster_lib.subsets import Subset, sample_subset
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
@@ -273,9 +275,17 @@ def rat_bptt(loss: InnerLoss, theta: Tensor, p: Tensor, before: int, window: int
 
 
 def distill(
-    task: Task, sequences: int, settings: TD3Settings, *, seed: int, progress: str = ""
+    task: Task,
+    sequences: int,
+    settings: TD3Settings,
+    *,
+    seed: int,
+    progress: str = "",
+    on_step: Callable | None = None,
 ) -> tuple[TuckerSequences, list[float]]:
     """Run the algorithm; needs a teacher and a trajectory of full-data training.
+
+    on_step : called after each outer step with its number and a function that returns S so far.
 
     Returns
     -------
@@ -311,10 +321,16 @@ def distill(
         descent.step(gradients)
         history.append(float(outer_loss.detach()))
         bar.set_postfix(outer=f"{history[-1]:.3f}", refresh=False)
-    users, times, core = (tensor.detach().cpu() for tensor in factors)
-    scale = teacher.log_scale.exp().detach().cpu()
-    adapter = teacher.adapter_weights()
-    return TuckerSequences.from_factors(users=users, times=times, core=core * scale, adapter=adapter), history
+        if on_step:
+            on_step(outer, lambda: _stored_form(factors, teacher))
+    return _stored_form(factors, teacher), history
+
+
+def _stored_form(factors: list[Tensor], teacher: SASRec) -> TuckerSequences:
+    """The factors as sequences, the softmax's scale being in the core."""
+    users, times, core = (tensor.detach().cpu().clone() for tensor in factors)
+    core = core * teacher.log_scale.exp().detach().cpu()
+    return TuckerSequences.from_factors(users=users, times=times, core=core, adapter=teacher.adapter_weights())
 
 
 def check_settings(settings: TD3Settings) -> None:
@@ -326,6 +342,9 @@ def check_settings(settings: TD3Settings) -> None:
         )
 
 
-def td3(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> SyntheticSequences:
+def td3(
+    task: Task, sequences: int, seed: int, progress: str = "", on_step: Callable | None = None, **parameters
+) -> SyntheticSequences:
     """The method as Table 2 calls it; parameters are those of `TD3Settings`."""
-    return distill(task, sequences, TD3Settings(**parameters), seed=seed, progress=progress)[0]
+    settings = TD3Settings(**parameters)
+    return distill(task, sequences, settings, seed=seed, progress=progress, on_step=on_step)[0]
