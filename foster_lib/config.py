@@ -88,6 +88,7 @@ class Settings:
 class Profile:
     """A profile as read: defaults of the command line, and `settings` per data set.
 
+    table2 : rows of Table 2, where `per_dataset` names no others, see `rows`
     students : models trained on each set of sequences, by different seeds
     """
 
@@ -99,6 +100,13 @@ class Profile:
     raw: dict[str, Any]
     students: int = 1
 
+    def rows(self, dataset: str) -> list[str]:
+        """Rows of Table 2 for a data set: its own, if `per_dataset` names any."""
+        own = self.raw.get("per_dataset", {}).get(dataset, {}).get("table2", [])
+        if not isinstance(own, list):
+            raise FosterError(f"profile '{self.name}': per_dataset.{dataset}.table2 must be a list, not {own!r}.")
+        return own or self.table2
+
     def settings(self, dataset: str, split: str | None = None) -> Settings:
         """Settings of one data set, `per_dataset` applied."""
         own = self.raw.get("per_dataset", {}).get(dataset, {})
@@ -107,7 +115,7 @@ class Profile:
         for key in own:
             check_known(
                 key,
-                (*SECTIONS, *BUDGET),
+                (*SECTIONS, *BUDGET, "table2"),
                 f"key of per_dataset.{dataset} in profile '{self.name}'",
             )
         merged = _merge(self.raw, own)

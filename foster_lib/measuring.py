@@ -76,7 +76,21 @@ def operation_counter() -> FlopCounterMode:
         forward: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules:
+    """In the place of the counter's tracker of modules, whose hooks refuse `autograd.grad` with respect to a leaf."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
 
 
 def now(device: str) -> float:

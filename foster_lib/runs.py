@@ -160,20 +160,20 @@ def plan(
 ) -> list[Run]:
     """All runs of a table: each data set, method and seed, and each student of those that condense.
 
-    `methods` may be ["all"]. Names that do not exist, and splits that a data set does not allow,
-    end here.
+    `methods` may be ["all"], or empty: the profile's rows of each data set. Names that do not exist, and
+    splits that a data set does not allow, end here.
     """
-    methods = list(METHODS) if methods == ["all"] else list(dict.fromkeys(methods))
     datasets, seeds = list(dict.fromkeys(datasets)), list(dict.fromkeys(seeds))
     if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise FosterError(f"seeds are {seeds}: they must be whole numbers that are not negative.")
     settings = {name: profile.settings(name, split) for name in datasets}
+    rows = {name: dict.fromkeys(methods or profile.rows(name)) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
     runs = [
         Run(settings[name], method, seed, student)
         for name in datasets
-        for method in methods
+        for method in (METHODS if "all" in rows[name] else rows[name])
         if method != "teachers" or settings[name].teachers > 1  # the mean of one is the row `full`
         for seed in (seeds if get_method(method).seeded else seeds[:1])
         for student in range(profile.students if get_method(method).condenses else 1)

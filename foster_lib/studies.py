@@ -67,7 +67,8 @@ class Study:
         for variant in self.variants:
             if variant.sweep != "reference" and variant.method not in wanted:
                 continue
-            for run in plan(profile, datasets, [variant.method], seeds, split):
+            own = datasets if variant.method != "teachers" else [d for d in datasets if profile.settings(d).teachers > 1]
+            for run in plan(profile, own, [variant.method], seeds, split) if own else ():
                 settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
                 planned.append((variant, replace(run, settings=settings)))
         return planned
@@ -86,8 +87,12 @@ def load_study(name: str, profile: Profile) -> Study:
     _check(given, [*defaults, "title", "panels"], where)
     _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
     spec = {**defaults, "labels": space["labels"], "notes": space["notes"], **given}
-    rows = {*REFERENCES, BASE, *(profile.table2 if spec["references"] == "table2" else spec["references"])}
-    found = [Variant(get_method(method).title, method, sweep="reference") for method in METHODS if method in rows]
+    rows = {*REFERENCES, BASE, *spec["references"]}
+    found = [
+        Variant(get_method(method).title, method, sweep="reference")
+        for method in METHODS
+        if method in rows or spec["references"] == "table2"
+    ]
     for variant in spec["variants"]:
         _check(variant, ("name", "method", "change"), where)
         found += [Variant(**variant)] if not smoke or variant["name"] in spec["smoke"] else []

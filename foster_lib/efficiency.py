@@ -1,0 +1,315 @@
+"""What distilling costs, method by method: time, memory and operations of a step, and how soon it pays.
+
+Each measurement is of one method on one data set and leaves one JSON below `results/efficiency/`, so that a
+measuring that was broken off goes on where it stopped. Two kinds:
+
+- `StepCost`: a few steps; median seconds, the most bytes that a step allocates at once, and operations, which are
+  counted and are the same on every machine;
+- `Course`: a whole distillation, stopped at several moments to train a student on what there is by then. The clock
+  stands still meanwhile. No more steps than fit into a time limit: the learning rates fall over as many as there are.
+
+With an encoder whose last layer learns, models are untrained: a step costs the same whatever they have learnt.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from foster_lib.config import Profile
+from foster_lib.errors import FosterError
+from foster_lib.evaluation import rank_queries, recommender_scorer
+from foster_lib.foster import FosterSettings, distill
+from foster_lib.measuring import MIB, StepProbe
+from foster_lib.methods import get_method
+from foster_lib.paths import results_dir, write_text
+from foster_lib.recipes import train_student
+from foster_lib.records import code_fingerprint, content_key, environment
+from foster_lib.runs import Run, make_task, plan, train_full_run, trained
+from foster_lib.sasrec import SASRec
+from foster_lib.starts import start_sequences
+from foster_lib.studies import smoke_settings
+from foster_lib.synthetic import SyntheticSequences
+from foster_lib.task import Task
+
+COMPARED = ("foster", "td3", "farzi", "gradient-matching", "trajectory-matching", "dconrec")
+WHOLE_CATALOGUE = ("td3", "farzi")
+"""Embed all items in every step, as in their papers; they can also draw a subset."""
+
+SUBSETS = (128, 256)
+"""Sizes at which these are measured where all items would not fit; both grow linearly with the items."""
+
+COSTS = ("step_seconds", "step_mib", "setup_mib", "gigaflop")
+"""What is measured of a step, in this order in the table."""
+
+OnStep = Callable[[int, Callable[[], SyntheticSequences]], None]
+
+
+# ------------------------------------------------------------------- one distillation, watched
+
+
+def distil(run: Run, task: Task, on_step: OnStep, progress: str = "") -> None:
+    """Distil as `runs.run_one` does; `on_step` is called after each step with its number and a function that returns S
+    so far.
+    """
+    method, parameters = get_method(run.method), dict(run.parameters)
+    if run.method != "foster":
+        method.function(task, run.settings.sequences, run.seed, progress, on_step=on_step, **parameters)
+        return
+    where = {name: parameters.pop(name) for name in list(parameters) if name.startswith("start_")}
+    defaults = {name: each.default for name, each in inspect.signature(method.function).parameters.items()}
+    items, labels, filled = ({**defaults, **where}[f"start_{name}"] for name in ("items", "labels", "filled"))
+    start = start_sequences(task, run.settings.sequences, run.seed, items, labels, filled)
+
+    def tell(step: int, synthetic) -> None:
+        on_step(step, synthetic.result)
+
+    distill(task, start, FosterSettings(**parameters), seed=run.seed, progress=progress, on_iteration=tell)
+
+
+def steps_of(run: Run) -> tuple[str, int]:
+    """What a method calls the number of its steps, and that number."""
+    method = get_method(run.method)
+    known = {name: each.default for name, each in inspect.signature(method.function).parameters.items()}
+    known |= {each.name: each.default for each in fields(method.settings)} if method.settings else {}
+    name = next((name for name in ("outer_steps", "iterations") if name in known), None)
+    if name is None:
+        raise FosterError(f"{run.method} takes no steps: it is not distilled. Known: {', '.join(COMPARED)}.")
+    return name, run.parameters.get(name, known[name])
+
+
+def with_parameters(run: Run, **parameters) -> Run:
+    """The run with some of its method's parameters changed."""
+    methods = {**run.settings.methods, run.method: {**run.parameters, **parameters}}
+    return replace(run, settings=replace(run.settings, methods=methods))
+
+
+class UntrainedTask(Task):
+    """A task whose full-data models have learnt nothing: enough to measure what a step costs."""
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        with torch.no_grad():  # a part at a time: layers that learn make far more of an item than its embedding
+            parts = torch.arange(self.n_items).split(256)
+            return torch.cat([self.catalogue(part) for part in parts])
+
+    @cached_property
+    def teacher(self) -> SASRec:
+        return self.new_model(seed=0).eval().requires_grad_(False)
+
+    @cached_property
+    def trajectory(self) -> list[dict[str, Tensor]]:
+        return [copy.deepcopy(self.new_model(seed).state_dict()) for seed in range(6)]
+
+
+# ------------------------------------------------------------------------------ measurements
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step costs. steps : timed; items : of the catalogue that a method reads which otherwise reads all."""
+
+    run: Run
+    steps: int = 10
+    items: int = 0
+
+    @property
+    def path(self) -> Path:
+        return _path(self.run, "step", self.steps, self.items)
+
+    def measure(self, device: str, progress: bool) -> dict[str, Any]:
+        """Median seconds of a step, its memory and operations; the memory of what comes before the first."""
+        run = with_parameters(self.run, **{steps_of(self.run)[0]: self.steps + 4})
+        run = with_parameters(run, subset=self.items) if self.items else run
+        task, probe = _task(run, device, progress), StepProbe(device)
+        distil(run, task, lambda step, _: probe(step), _label(run, "cost of a step") if progress else "")
+        return {
+            "step_seconds": float(np.median(probe.seconds)),
+            "step_mib": probe.step_bytes / MIB,
+            "setup_mib": probe.setup_bytes / MIB,
+            "gigaflop": probe.operations / 1e9,
+        }
+
+
+@dataclass(frozen=True)
+class Course:
+    """Validation NDCG@10 along a distillation.
+
+    timed : of the `StepCost` that says how many steps fit; marks : students; limit : seconds of all steps
+    """
+
+    run: Run
+    timed: int = 10
+    marks: int = 6
+    limit: float = 900.0
+
+    @property
+    def path(self) -> Path:
+        return _path(self.run, "course", self.timed, self.marks, self.limit)
+
+    def measure(self, device: str, progress: bool) -> dict[str, Any]:
+        """Steps, their seconds and what a student reaches on validation, at moments that double; the last is the end.
+
+        Students have one seed, so that they differ by what they learn from alone.
+        """
+        cost = _read(StepCost(self.run, self.timed).path)
+        if cost is None:
+            raise FosterError(f"measure what a step of {self.run.method} costs before its course.")
+        name, planned = steps_of(self.run)
+        steps = max(self.marks, min(planned, int(self.limit / cost["step_seconds"])))
+        run = with_parameters(self.run, **{name: steps})
+        marks = {1} | {max(1, round(steps / 2**power)) for power in range(self.marks - 1)}
+        task, found, away = _task(run, device, progress), [], 0.0
+        begin = time.perf_counter()
+
+        def on_step(step: int, so_far: Callable[[], SyntheticSequences]) -> None:
+            nonlocal away
+            if step + 1 not in marks:
+                return
+            left = time.perf_counter()
+            model, log = train_student(task, so_far().stored(), run.settings, run.student_seed)
+            ranks = rank_queries(recommender_scorer(model), task.validation, task.n_items)
+            found.append({"step": step + 1, "seconds": left - begin - away, "ndcg@10": ranks.metrics()["ndcg@10"]})
+            found[-1]["student_seconds"] = log.seconds
+            away += time.perf_counter() - left
+
+        distil(run, task, on_step, _label(run, "course") if progress else "")
+        return {"steps": steps, "planned_steps": planned, "course": found}
+
+
+def measurements(
+    profile: Profile,
+    datasets: list[str],
+    methods: list[str],
+    seed: int,
+    *,
+    steps: int = 10,
+    marks: int = 6,
+    limit: float = 900.0,
+    tuned: bool = True,
+) -> list[StepCost | Course]:
+    """All that Table 3 is made of: for each data set and method a step, a course, and a step that tunes the encoder's
+    last layer. DConRec is left out of the last: it embeds the whole catalogue some hundred times in a step.
+    """
+    found: list[StepCost | Course] = []
+    for dataset in datasets:
+        for run in plan(profile, [dataset], methods, [seed]):
+            if run.student:
+                continue
+            run = replace(run, settings=smoke_settings(run.settings, profile))
+            learns = replace(run, settings=replace(run.settings, encoder=replace(run.settings.encoder, tuned_layers=1)))
+            found += [StepCost(run, steps), Course(run, steps, marks, limit)]
+            if tuned and run.method in WHOLE_CATALOGUE:
+                found += [StepCost(learns, 2, items) for items in SUBSETS]
+            elif tuned and run.method != "dconrec":
+                found.append(StepCost(learns, 2))
+    return found
+
+
+def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool = True, fresh: bool = False) -> None:
+    """Make those measurements that are not there yet, one after another."""
+    for number, each in enumerate(wanted):
+        if fresh or _read(each.path) is None:
+            record = {
+                "kind": type(each).__name__,
+                "dataset": each.run.settings.dataset,
+                "method": each.run.method,
+                "seed": each.run.seed,
+                "tuned_layers": each.run.settings.encoder.tuned_layers,
+                "items": getattr(each, "items", 0),
+                **each.measure(device, progress),
+                **environment(device),
+            }
+            write_text(each.path, json.dumps(record, indent=1))
+        if progress:
+            print(f"{number + 1} of {len(wanted)}: {_label(each.run, type(each).__name__)}", flush=True)
+
+
+# ------------------------------------------------------------------------------------ table
+
+
+def efficiency_table(wanted: list[StepCost | Course]) -> pd.DataFrame:
+    """One row per data set, method and state of the encoder, from the measurements that are there.
+
+    Columns: `step_seconds`, `step_mib`, `setup_mib`, `gigaflop` of a step; `projected`: whether these were measured at
+    `SUBSETS` and continued linearly to the whole catalogue; `steps`, `distil_seconds`, `best` and `end`: of the
+    course, its steps, their seconds, the best and the last validation NDCG@10; `seconds_to_best`; `memory_ratio` and
+    `time_ratio`: the step's memory and seconds divided by FOSTER's.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    by_items: dict[tuple, dict[int, dict]] = {}
+    for each in wanted:
+        record = _read(each.path)
+        if record is None:
+            continue
+        key = (record["dataset"], record["tuned_layers"], record["method"])
+        row = rows.setdefault(key, dict(zip(("dataset", "tuned_layers", "method"), key)) | {"projected": False})
+        if isinstance(each, Course):
+            best = max(record["course"], key=lambda moment: moment["ndcg@10"])
+            last = record["course"][-1]
+            row |= {"steps": record["steps"], "planned_steps": record["planned_steps"]}
+            row |= {"distil_seconds": last["seconds"], "best": best["ndcg@10"], "end": last["ndcg@10"]}
+            row |= {"seconds_to_best": best["seconds"]}
+        elif each.items:
+            by_items.setdefault((key, each.run), {})[each.items] = record
+        else:
+            row |= {name: record[name] for name in COSTS}
+    for (key, run), found in by_items.items():
+        if len(found) == len(SUBSETS):
+            catalogue = make_task(run).n_items
+            row = {name: projected({n: record[name] for n, record in found.items()}, catalogue) for name in COSTS}
+            rows[key] |= row | {"projected": True}
+    table = pd.DataFrame(rows.values())
+    ours = table[table["method"] == "foster"].set_index(["dataset", "tuned_layers"])
+    for name, cost in (("memory_ratio", "step_mib"), ("time_ratio", "step_seconds")):
+        own = ours[cost].rename("ours")
+        table[name] = table[cost] / table.join(own, on=["dataset", "tuned_layers"])["ours"]
+    return table
+
+
+def projected(found: dict[int, float], items: int) -> float:
+    """The line through two measurements, by number of items, at another number."""
+    (low, at_low), (high, at_high) = sorted(found.items())
+    return at_low + (at_high - at_low) / (high - low) * (items - low)
+
+
+def _task(run: Run, device: str, progress: bool) -> Task:
+    """What the run reads; full-data models that it needs are trained first."""
+    if run.settings.encoder.tuned_layers:
+        run = replace(run, settings=replace(run.settings, teachers=1))
+        known = make_task(run, device)
+        return UntrainedTask(**{each.name: getattr(known, each.name) for each in fields(Task)})
+    for teacher in run.teachers:
+        if not trained(teacher):
+            train_full_run(teacher, device, progress)
+    return make_task(run, device)
+
+
+def _path(run: Run, kind: str, *what) -> Path:
+    code = code_fingerprint("efficiency", "measuring")
+    key = content_key({"run": run.key, "code": code, "kind": kind, "what": what})
+    settings = run.settings
+    encoder = "-tuned" if settings.encoder.tuned_layers else ""
+    name = f"{run.method}-seed{run.seed}-{kind}{encoder}-{key}.json"
+    return results_dir() / "efficiency" / settings.profile / settings.dataset / name
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _label(run: Run, what: str) -> str:
+    tuned = ", last layer tuned" if run.settings.encoder.tuned_layers else ""
+    return f"{run.settings.dataset} {run.method}{tuned}: {what}"
