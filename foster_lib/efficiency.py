@@ -1,6 +1,6 @@
 """What distilling costs, method by method: time, memory and operations of a step, and how soon it pays.
 
-Each measurement is of one method on one data set and leaves one JSON below `results/efficiency/`, so that a
+Each measurement is of one method on one data set and leaves one JSON below `results/efficiency/steps/`, so that a
 measuring that was broken off goes on where it stopped. Two kinds:
 
 - `StepCost`: a few steps; median seconds, the most bytes that a step allocates at once, and operations, which are
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -34,13 +33,13 @@ from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.foster import FosterSettings, distill
 from foster_lib.measuring import MIB, StepProbe
 from foster_lib.methods import get_method
-from foster_lib.paths import results_dir, write_text
+from foster_lib.paths import write_text
 from foster_lib.recipes import train_student
 from foster_lib.records import code_fingerprint, content_key, environment
 from foster_lib.runs import Run, make_task, plan, train_full_run, trained
 from foster_lib.sasrec import SASRec
 from foster_lib.starts import start_sequences
-from foster_lib.studies import smoke_settings
+from foster_lib.studies import smoke_settings, study_folder
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
@@ -164,7 +163,7 @@ class Course:
 
         Students have one seed, so that they differ by what they learn from alone.
         """
-        cost = _read(StepCost(self.run, self.timed).path)
+        cost = read_measurement(StepCost(self.run, self.timed).path)
         if cost is None:
             raise FosterError(f"measure what a step of {self.run.method} costs before its course.")
         name, planned = steps_of(self.run)
@@ -221,7 +220,7 @@ def measurements(
 def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool = True, fresh: bool = False) -> None:
     """Make those measurements that are not there yet, one after another."""
     for number, each in enumerate(wanted):
-        if fresh or _read(each.path) is None:
+        if fresh or read_measurement(each.path) is None:
             record = {
                 "kind": type(each).__name__,
                 "dataset": each.run.settings.dataset,
@@ -229,6 +228,7 @@ def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool
                 "seed": each.run.seed,
                 "tuned_layers": each.run.settings.encoder.tuned_layers,
                 "items": getattr(each, "items", 0),
+                "catalogue": make_task(each.run, device).n_items,
                 **each.measure(device, progress),
                 **environment(device),
             }
@@ -237,52 +237,12 @@ def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool
             print(f"{number + 1} of {len(wanted)}: {_label(each.run, type(each).__name__)}", flush=True)
 
 
-# ------------------------------------------------------------------------------------ table
-
-
-def efficiency_table(wanted: list[StepCost | Course]) -> pd.DataFrame:
-    """One row per data set, method and state of the encoder, from the measurements that are there.
-
-    Columns: `step_seconds`, `step_mib`, `setup_mib`, `gigaflop` of a step; `projected`: whether these were measured at
-    `SUBSETS` and continued linearly to the whole catalogue; `steps`, `distil_seconds`, `best` and `end`: of the
-    course, its steps, their seconds, the best and the last validation NDCG@10; `seconds_to_best`; `memory_ratio` and
-    `time_ratio`: the step's memory and seconds divided by FOSTER's.
-    """
-    rows: dict[tuple, dict[str, Any]] = {}
-    by_items: dict[tuple, dict[int, dict]] = {}
-    for each in wanted:
-        record = _read(each.path)
-        if record is None:
-            continue
-        key = (record["dataset"], record["tuned_layers"], record["method"])
-        row = rows.setdefault(key, dict(zip(("dataset", "tuned_layers", "method"), key)) | {"projected": False})
-        if isinstance(each, Course):
-            best = max(record["course"], key=lambda moment: moment["ndcg@10"])
-            last = record["course"][-1]
-            row |= {"steps": record["steps"], "planned_steps": record["planned_steps"]}
-            row |= {"distil_seconds": last["seconds"], "best": best["ndcg@10"], "end": last["ndcg@10"]}
-            row |= {"seconds_to_best": best["seconds"]}
-        elif each.items:
-            by_items.setdefault((key, each.run), {})[each.items] = record
-        else:
-            row |= {name: record[name] for name in COSTS}
-    for (key, run), found in by_items.items():
-        if len(found) == len(SUBSETS):
-            catalogue = make_task(run).n_items
-            row = {name: projected({n: record[name] for n, record in found.items()}, catalogue) for name in COSTS}
-            rows[key] |= row | {"projected": True}
-    table = pd.DataFrame(rows.values())
-    ours = table[table["method"] == "foster"].set_index(["dataset", "tuned_layers"])
-    for name, cost in (("memory_ratio", "step_mib"), ("time_ratio", "step_seconds")):
-        own = ours[cost].rename("ours")
-        table[name] = table[cost] / table.join(own, on=["dataset", "tuned_layers"])["ours"]
-    return table
-
-
-def projected(found: dict[int, float], items: int) -> float:
-    """The line through two measurements, by number of items, at another number."""
-    (low, at_low), (high, at_high) = sorted(found.items())
-    return at_low + (at_high - at_low) / (high - low) * (items - low)
+def read_measurement(path: Path) -> dict[str, Any] | None:
+    """What `measure` has left at `path`, or None; raises `FosterError` if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise FosterError(f"{path}: no readable measurement ({error}). Delete it and measure again.") from error
 
 
 def _task(run: Run, device: str, progress: bool) -> Task:
@@ -303,11 +263,7 @@ def _path(run: Run, kind: str, *what) -> Path:
     settings = run.settings
     encoder = "-tuned" if settings.encoder.tuned_layers else ""
     name = f"{run.method}-seed{run.seed}-{kind}{encoder}-{key}.json"
-    return results_dir() / "efficiency" / settings.profile / settings.dataset / name
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return study_folder("efficiency", settings.profile) / "steps" / settings.dataset / name
 
 
 def _label(run: Run, what: str) -> str:

@@ -67,7 +67,8 @@ class Study:
         for variant in self.variants:
             if variant.sweep != "reference" and variant.method not in wanted:
                 continue
-            own = datasets if variant.method != "teachers" else [d for d in datasets if profile.settings(d).teachers > 1]
+            several = [name for name in datasets if profile.settings(name).teachers > 1]
+            own = several if variant.method == "teachers" else datasets
             for run in plan(profile, own, [variant.method], seeds, split) if own else ():
                 settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
                 planned.append((variant, replace(run, settings=settings)))
