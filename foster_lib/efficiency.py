@@ -30,6 +30,7 @@ from torch import Tensor
 from foster_lib.config import Profile
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
+from foster_lib.execution import resolve_device
 from foster_lib.foster import FosterSettings, distill
 from foster_lib.measuring import MIB, StepProbe
 from foster_lib.methods import get_method
@@ -219,6 +220,7 @@ def measurements(
 
 def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool = True, fresh: bool = False) -> None:
     """Make those measurements that are not there yet, one after another."""
+    device = resolve_device(device)
     for number, each in enumerate(wanted):
         if fresh or read_measurement(each.path) is None:
             record = {
