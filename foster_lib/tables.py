@@ -176,10 +176,12 @@ def table2_figure(long: pd.DataFrame) -> plt.Figure:
     """NDCG@10 and Recall@10 of every method with the spread over seeds; full data as a line."""
     use_style()
     datasets = list(dict.fromkeys(long["dataset"]))
+    heights = [max(2.6, 0.6 + 0.2 * long.loc[long["dataset"] == name, "method"].nunique()) for name in datasets]
     figure, axes = plt.subplots(
         len(datasets),
         len(HEADLINE),
-        figsize=(9, 0.9 + 2.6 * len(datasets)),
+        figsize=(9, 0.9 + sum(heights)),
+        height_ratios=heights,
         squeeze=False,
         sharey="row",
         layout="constrained",
