@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foster_lib.coresets import ALIKE
+from foster_lib.coresets import ALIKE, k_means
 from foster_lib.encoder import load_tensors
 from foster_lib.errors import FosterError, check_known
 from foster_lib.sasrec import SASRec
@@ -55,6 +55,7 @@ from foster_lib.unrolled import (
 )
 
 TARGETS = ("last", "cut", "all")
+STARTS = ("noise", "real")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class TD3Settings:
     random_window : end the window at a random step of W … T; if not, at T (plain truncation)
     checkpoints : how many of the trajectory's checkpoints, from its start, resets are drawn from (0: all)
     rank : d₁ = d₂
+    start : of the factors, "noise", as in the paper, or "real" sequences, see `real_factors`
     batch : sequences per inner step, taken in turn (0: all)
     targets : of the inner loss: "last" position, and one at a random "cut", or "all" positions
     alignment : weight of the distance to the teacher's hidden states in L_real
@@ -84,6 +86,7 @@ class TD3Settings:
     random_window: bool = True
     checkpoints: int = 0
     rank: int = 8
+    start: str = "noise"
     batch: int = 10
     targets: str = "cut"
     alignment: float = 1.0
@@ -111,6 +114,33 @@ def start_factors(sequences: int, positions: int, rank: int, width: int, seed: i
     times = torch.empty(positions, rank).normal_(0.0, 0.02, generator=generator)
     core = torch.nn.init.kaiming_normal_(torch.empty(rank, rank, width), generator=generator)
     return [users, times, core]
+
+
+def real_factors(task: Task, sequences: int, rank: int, seed: int) -> list[Tensor]:
+    """U, T and G whose queries are nearest, for factors of this rank, to those of n real sequences.
+
+    A position's query is then the feature f of the item there: its mixture is concentrated on the item and its likes.
+    The truncated higher-order singular value decomposition of the (n, R, d₃) features, grown to their norm, with
+    columns of U and T of unit mean square.
+    """
+    chosen = k_means(task, sequences, seed)
+    with torch.no_grad():
+        f = task.teacher.adapter(task.embeddings).cpu()
+    last = chosen.mask.sum(1) - 1
+    features = torch.zeros(sequences, task.sequence_length + 1, f.shape[1])
+    features[:, :-1] = f[chosen.items] * chosen.mask[..., None]
+    rows = torch.arange(sequences)
+    features[rows, last + 1] = f[chosen.targets[rows, last]]
+    users = _directions(features.flatten(1), rank)
+    times = _directions(features.transpose(0, 1).flatten(1), rank)
+    core = torch.einsum("abk,ai,bj->ijk", features, users, times) / (len(users) * len(times))
+    return [users, times, core * (features.norm() / tucker_queries(users, times, core).norm())]
+
+
+def _directions(rows: Tensor, rank: int) -> Tensor:
+    """The `rank` left singular vectors of largest value, with entries of unit mean square; zeros if there are fewer."""
+    left = torch.linalg.svd(rows, full_matrices=False).U[:, :rank] * len(rows) ** 0.5
+    return torch.nn.functional.pad(left, (0, rank - left.shape[1]))
 
 
 # ---------------------------------------------------------------------- shared with Farzi
@@ -296,7 +326,10 @@ def distill(
     teacher, trajectory = task.teacher, task.trajectory[: settings.checkpoints or None]
     with torch.no_grad():
         item_factors = teacher.log_scale.exp() * teacher.adapter(task.embeddings)  # V
-    start = start_factors(sequences, task.sequence_length + 1, settings.rank, item_factors.shape[1], seed)
+    if settings.start == "real":
+        start = real_factors(task, sequences, settings.rank, seed)
+    else:
+        start = start_factors(sequences, task.sequence_length + 1, settings.rank, item_factors.shape[1], seed)
     factors = [tensor.to(task.device).requires_grad_() for tensor in start]
     descent = FactorDescent(factors, settings, settings.weight_decay)
     student = FlatModel(with_dropout(task, settings.dropout).new_model(seed))
@@ -336,6 +369,7 @@ def _stored_form(factors: list[Tensor], teacher: SASRec) -> TuckerSequences:
 def check_settings(settings: TD3Settings) -> None:
     """Raise `FosterError` for settings that cannot be run."""
     check_known(settings.targets, TARGETS, "targets of the inner loss")
+    check_known(settings.start, STARTS, "start of TD3:")
     if not 0 < settings.window <= settings.inner_steps:
         raise FosterError(
             f"a window of {settings.window} does not fit into {settings.inner_steps} steps: choose 1 to that many."

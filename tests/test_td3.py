@@ -8,6 +8,7 @@ import torch
 
 from foster_lib import td3
 from foster_lib.config import StudentSettings, load_profile
+from foster_lib.coresets import k_means
 from foster_lib.errors import FosterError
 from foster_lib.recipes import train_student
 from foster_lib.synthetic_data import SyntheticData
@@ -19,6 +20,7 @@ from foster_lib.td3 import (
     in_turn,
     inner_loss,
     rat_bptt,
+    real_factors,
     start_factors,
     tucker_queries,
 )
@@ -42,6 +44,23 @@ def sequences(task):
 
 
 # ------------------------------------------------------------------- parametrisation
+
+
+def test_a_real_start_of_full_rank_is_the_real_sequences(task):
+    """With as many factors as sequences and positions nothing is lost; with fewer the norm is kept."""
+    length, chosen = task.length, k_means(task, 3, seed=0)
+    features = task.teacher.adapter(task.embeddings).detach()
+    users, times, core = real_factors(task, 3, length + 1, seed=0)
+    assert users.shape == (3, length + 1) and times.shape == (length + 1, length + 1)
+    queries = tucker_queries(users, times, core)
+    for row, mask in enumerate(chosen.mask):
+        known = int(mask.sum())
+        items = torch.cat([chosen.items[row, :known], chosen.targets[row, known - 1 : known]])
+        assert torch.allclose(queries[row, : known + 1], features[items], atol=1e-4)
+        assert queries[row, known + 1 :].abs().max() < 1e-4 if known < length else True
+    few = tucker_queries(*real_factors(task, 3, 2, seed=0))
+    assert few.norm() == pytest.approx(float(queries.norm()), rel=1e-4)
+    assert torch.linalg.matrix_rank(few.flatten(1)) == 2
 
 
 def test_tucker_probabilities_against_loops():
