@@ -7,7 +7,7 @@ only what differs; `per_dataset` holds what differs for one data set. An unknown
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from foster_lib.synthetic import ORDERS
 from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
-MAY_BE_ZERO = ("patience", "adapter_hidden", "inner_warmup")
+MAY_BE_ZERO = ("patience", "hard_patience", "adapter_hidden", "inner_warmup")
 """Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
 BUDGET = ("sequences", "sequence_length", "readings", "order", "successors", "teachers")
@@ -39,8 +39,8 @@ class EncoderSettings:
 class StudentSettings(TrainSettings):
     """`TrainSettings` of a model trained on synthetic sequences; an epoch is one full-batch step.
 
-    hard_learning_rate : in the place of `learning_rate`, the adapter's included, where targets are
-    real next items, which over-fit within a few steps.
+    hard_learning_rate, hard_validate_every, hard_patience : in the place of those without `hard`, the adapter's rate
+    included, where targets are real next items, which over-fit within a few steps; see `for_hard_targets`.
     windows : windows of the sequences that a step reads, drawn anew (0: all); what is tied or stored as factors is
     read whole.
     likeness : weight of the likeness of items (`SyntheticSequences.likeness`) beside the labels, where the
@@ -49,12 +49,25 @@ class StudentSettings(TrainSettings):
 
     learning_rate: float = 5e-3
     hard_learning_rate: float = 1e-3
+    hard_validate_every: int = 10
+    hard_patience: int = 5
     epochs: int = 500
     validate_every: int = 50
     patience: int = 4
     dropout: float = 0.1
     windows: int = 0
     likeness: float = 0.0
+
+    @property
+    def for_hard_targets(self) -> StudentSettings:
+        """The recipe where sequences have no labels: a student is kept that was stopped early."""
+        return replace(
+            self,
+            learning_rate=self.hard_learning_rate,
+            adapter_rate=1.0,
+            validate_every=self.hard_validate_every,
+            patience=self.hard_patience,
+        )
 
 
 @dataclass(frozen=True)

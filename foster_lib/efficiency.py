@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from foster_lib.config import Profile
@@ -98,12 +97,6 @@ def with_parameters(run: Run, **parameters) -> Run:
 
 class UntrainedTask(Task):
     """A task whose full-data models have learnt nothing: enough to measure what a step costs."""
-
-    @cached_property
-    def embeddings(self) -> Tensor:
-        with torch.no_grad():  # a part at a time: layers that learn make far more of an item than its embedding
-            parts = torch.arange(self.n_items).split(256)
-            return torch.cat([self.catalogue(part) for part in parts])
 
     @cached_property
     def teacher(self) -> SASRec:

@@ -222,7 +222,12 @@ class TunedCatalogue(nn.Module):
         return self.encoder.width
 
     def forward(self, items: Tensor | None = None) -> Tensor:
-        """Embeddings of `items` (N,), or of all: (N, width), with gradients to the tuned layers."""
+        """Embeddings of `items` (N,), or of all: (N, width), with gradients to the tuned layers.
+
+        Without gradients all are embedded a part at a time: a layer makes far more of an item than its embedding.
+        """
+        if items is None and not torch.is_grad_enabled():
+            return torch.cat([self(part) for part in torch.arange(self.n_items).split(256)])
         chosen = range(self.n_items) if items is None else items.tolist()
         device = next(self.encoder.parameters()).device
         tokens, mask = pad([self.tokens[i] for i in chosen])

@@ -136,10 +136,8 @@ class Synthesizer:
         )
         readings = [start.reading(number) for number in range(start.readings)]
         self.wanted = [reading.wanted(self.f) for reading in readings] if settings.probable else None
-        self.samplers = settings.importance and [
-            ImportanceSampler(label_mass(reading.labels[reading.mask], self.f), settings.subset, settings.importance)
-            for reading in readings
-        ]
+        mass = [label_mass(reading.labels[reading.mask], self.f) for reading in readings if settings.importance]
+        self.samplers = [ImportanceSampler(each, settings.subset, settings.importance) for each in mass]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property

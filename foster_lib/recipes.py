@@ -22,9 +22,7 @@ def train_student(
     task: Task, sequences: SyntheticSequences, settings: Settings, seed: int, progress: str = ""
 ) -> tuple[SASRec, TrainLog]:
     """Train a fresh, warm-started recommender on synthetic sequences alone: (model, log)."""
-    recipe = settings.student
-    if sequences.labels is None:
-        recipe = replace(recipe, learning_rate=recipe.hard_learning_rate, adapter_rate=1.0)
+    recipe = settings.student if sequences.labels is not None else settings.student.for_hard_targets
     student = replace(task, model_settings=replace(task.model_settings, dropout=recipe.dropout))
     model = student.new_model(seed)
     log = train(

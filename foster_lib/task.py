@@ -84,7 +84,8 @@ class Task:
     @cached_property
     def embeddings(self) -> Tensor:
         """Text embeddings of all items, (|V|, width of the encoder), without gradient."""
-        return self.catalogue().detach()
+        with torch.no_grad():
+            return self.catalogue()
 
     def new_model(self, seed: int) -> SASRec:
         """A fresh, warm-started recommender; encoder layers that learn are its own."""

@@ -211,9 +211,7 @@ def run_transfer(item: Transfer, device: str, progress: bool) -> str:
     if item.reading:
         sequences = get_method(base.method).form.load(base.distilled_path).to(device)
         batch, size = read(sequences, source.embeddings, item.reading, source.length, item.top)
-        recipe = settings.student
-        if not batch.targets.is_floating_point():
-            recipe = replace(recipe, learning_rate=recipe.hard_learning_rate)
+        recipe = settings.student if batch.targets.is_floating_point() else settings.student.for_hard_targets
         task = replace(task, model_settings=replace(settings.model, dropout=recipe.dropout))
         model, log = fit(task, WholeBatch(batch), recipe, base.student_seed, label if progress else "")
         details = {"bytes": size, "targets": int(batch.mask.sum()), "kept_step": log.best_epoch}
