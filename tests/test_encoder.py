@@ -207,6 +207,20 @@ def test_tuned_catalogue_equals_the_full_forward(own_encoder, tuned_layers):
     torch.testing.assert_close(catalogue(subset).detach(), expected[subset], atol=1e-5, rtol=1e-5)
 
 
+def test_a_large_tuned_catalogue_is_embedded_in_parts(own_encoder):
+    """Without gradients never more than 256 items at once, with the same embeddings; with gradients all."""
+    catalogue = own_encoder.catalogue([f"{text} {number}" for number in range(100) for text in TEXTS], tuned_layers=1)
+    sizes = []
+    catalogue.upper[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    whole = catalogue()
+    assert sizes == [catalogue.n_items] and whole.requires_grad
+    sizes.clear()
+    with torch.no_grad():
+        parts = catalogue()
+    assert max(sizes) == 256 and sum(sizes) == catalogue.n_items
+    torch.testing.assert_close(parts, whole.detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_tuned_catalogue_follows_its_weights(own_encoder):
     """After a change of the tuned layer it still equals the full forward with the new weights."""
     before = embed(own_encoder, TEXTS)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from foster_lib import coresets
+from foster_lib.config import Settings, StudentSettings
 from foster_lib.paths import new_folder
-from foster_lib.recipes import train_full
+from foster_lib.recipes import train_full, train_student
 from foster_lib.training import TrainSettings
 
 TWO_EPOCHS = TrainSettings(epochs=2, patience=0)
@@ -66,3 +68,24 @@ def test_of_two_that_make_the_same_folder_one_keeps_its_own(tmp_path):
         (first / "a").write_text("first")
         (second / "a").write_text("second")
     assert (folder / "a").read_text() == "first" and left_behind(folder) == ["both"]
+
+
+def test_students_on_hard_targets_are_stopped_early(task, settings: Settings):
+    """They over-fit within a few steps: they are looked at often, and soon left. Those on labels are not."""
+    student = StudentSettings(epochs=60, validate_every=60, patience=0, hard_validate_every=2, hard_patience=3)
+    hard = coresets.random(task, 3, seed=0)
+
+    class Falling(type(task)):
+        """Each validation is worse than the one before."""
+
+        def validate(self, model):
+            seen.append(-len(seen))
+            return float(seen[-1])
+
+    falling = Falling(**{name: getattr(task, name) for name in task.__dataclass_fields__})
+    seen: list[int] = []
+    _, log = train_student(falling, hard, replace(settings, student=student), seed=1)
+    assert list(log.validation) == [0, 2, 4, 6] and log.best_epoch == 0
+    seen.clear()
+    _, log = train_student(falling, coresets.with_labels(task, hard), replace(settings, student=student), seed=1)
+    assert list(log.validation) == [0, 60]
