@@ -13,18 +13,14 @@ With an encoder whose last layer learns, models are untrained: a step costs the 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from foster_lib.config import Profile
 from foster_lib.errors import FosterError
@@ -32,12 +28,12 @@ from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.execution import resolve_device
 from foster_lib.foster import FosterSettings, distill
 from foster_lib.measuring import MIB, StepProbe
-from foster_lib.methods import get_method
+from foster_lib.methods import defaults, get_method
 from foster_lib.paths import write_text
 from foster_lib.recipes import train_student
 from foster_lib.records import code_fingerprint, content_key, environment
 from foster_lib.runs import Run, make_task, plan, train_full_run, trained
-from foster_lib.sasrec import SASRec
+from foster_lib.scaling import UntrainedTask
 from foster_lib.starts import start_sequences
 from foster_lib.studies import smoke_settings, study_folder
 from foster_lib.synthetic import SyntheticSequences
@@ -67,10 +63,8 @@ def distil(run: Run, task: Task, on_step: OnStep, progress: str = "") -> None:
     if run.method != "foster":
         method.function(task, run.settings.sequences, run.seed, progress, on_step=on_step, **parameters)
         return
-    where = {name: parameters.pop(name) for name in list(parameters) if name.startswith("start_")}
-    defaults = {name: each.default for name, each in inspect.signature(method.function).parameters.items()}
-    items, labels, filled = ({**defaults, **where}[f"start_{name}"] for name in ("items", "labels", "filled"))
-    start = start_sequences(task, run.settings.sequences, run.seed, items, labels, filled)
+    where = [parameters.pop(name, defaults("foster")[name]) for name in ("start_items", "start_labels", "start_filled")]
+    start = start_sequences(task, run.settings.sequences, run.seed, *where)
 
     def tell(step: int, synthetic) -> None:
         on_step(step, synthetic.result)
@@ -80,9 +74,7 @@ def distil(run: Run, task: Task, on_step: OnStep, progress: str = "") -> None:
 
 def steps_of(run: Run) -> tuple[str, int]:
     """What a method calls the number of its steps, and that number."""
-    method = get_method(run.method)
-    known = {name: each.default for name, each in inspect.signature(method.function).parameters.items()}
-    known |= {each.name: each.default for each in fields(method.settings)} if method.settings else {}
+    known = defaults(run.method)
     name = next((name for name in ("outer_steps", "iterations") if name in known), None)
     if name is None:
         raise FosterError(f"{run.method} takes no steps: it is not distilled. Known: {', '.join(COMPARED)}.")
@@ -93,18 +85,6 @@ def with_parameters(run: Run, **parameters) -> Run:
     """The run with some of its method's parameters changed."""
     methods = {**run.settings.methods, run.method: {**run.parameters, **parameters}}
     return replace(run, settings=replace(run.settings, methods=methods))
-
-
-class UntrainedTask(Task):
-    """A task whose full-data models have learnt nothing: enough to measure what a step costs."""
-
-    @cached_property
-    def teacher(self) -> SASRec:
-        return self.new_model(seed=0).eval().requires_grad_(False)
-
-    @cached_property
-    def trajectory(self) -> list[dict[str, Tensor]]:
-        return [copy.deepcopy(self.new_model(seed).state_dict()) for seed in range(6)]
 
 
 # ------------------------------------------------------------------------------ measurements

@@ -128,13 +128,18 @@ def base_name(name: str) -> str:
     return name.removesuffix(LABELS)
 
 
-def check_parameters(name: str, parameters: dict) -> None:
-    """Raise `FosterError` if a method does not know one of its configured parameters, or not such a value."""
+def defaults(name: str) -> dict:
+    """The parameters of a method with their defaults."""
     method = get_method(name)
     known = {key: each.default for key, each in inspect.signature(method.function).parameters.items()}
     if method.settings:
         known |= {field.name: field.default for field in fields(method.settings)}
-    known = {key: default for key, default in known.items() if key not in NO_PARAMETERS}
+    return {key: default for key, default in known.items() if key not in NO_PARAMETERS}
+
+
+def check_parameters(name: str, parameters: dict) -> None:
+    """Raise `FosterError` if a method does not know one of its configured parameters, or not such a value."""
+    known = defaults(name)
     for key, value in parameters.items():
         check_known(key, known, f"parameter of method '{name}':")
         if what := refused(key, value, known[key]):

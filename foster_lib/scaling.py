@@ -7,6 +7,7 @@ and arrays alive at once, which is the same on every machine and in every run; t
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -242,7 +243,20 @@ class ProbedSequences:
 # ------------------------------------------------------------------------- synthetic data
 
 
-class SyntheticTask(Task):
+class UntrainedTask(Task):
+    """A task whose full-data models have learnt nothing: enough to measure what a step costs."""
+
+    @cached_property
+    def teacher(self) -> SASRec:
+        return self.new_model(seed=0).eval().requires_grad_(False)
+
+    @cached_property
+    def trajectory(self) -> list[dict[str, Tensor]]:
+        """Models of different seeds: trajectory matching divides by the distance between two."""
+        return [copy.deepcopy(self.new_model(seed).state_dict()) for seed in range(6)]
+
+
+class SyntheticTask(UntrainedTask):
     """A task without texts or training: random embeddings, random users, an untrained model for a teacher."""
 
     @classmethod
@@ -256,10 +270,6 @@ class SyntheticTask(Task):
         times = [np.arange(len(user)) for user in users]
         last = Queries(np.arange(len(users)), [user[:-1] for user in users], np.array([user[-1] for user in users]))
         return cls(empty, users, times, last, FrozenCatalogue(embeddings), model, device=device)
-
-    @cached_property
-    def teacher(self) -> SASRec:
-        return self.new_model(seed=0).eval().requires_grad_(False)
 
     @cached_property
     def trajectory(self) -> list[dict[str, Tensor]]:

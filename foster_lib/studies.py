@@ -6,11 +6,10 @@ FOSTER as the profile has it is never computed twice, and a study that was broke
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from foster_lib.config import BUDGET, SECTIONS, Profile, Settings, build
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
-from foster_lib.methods import METHODS, base_name, check_parameters, get_method
+from foster_lib.methods import METHODS, base_name, check_parameters, defaults, get_method
 from foster_lib.paths import write_atomically, write_text
 from foster_lib.runs import Run, plan
 from foster_lib.study_tables import BASE, COSTS, readable_table, save_figure, study_figure
@@ -82,12 +81,12 @@ def load_study(name: str, profile: Profile) -> Study:
     """Read a study; the profile `smoke` has values of its own. Unknown keys are errors."""
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
-    defaults = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
-    defaults |= {"collapse": False, "run": True, "settings": {}}
+    blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
+    blank |= {"collapse": False, "run": True, "settings": {}}
     given, where = space["studies"][name], f"key in study '{name}':"
-    _check(given, [*defaults, "title", "panels"], where)
+    _check(given, [*blank, "title", "panels"], where)
     _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
-    spec = {**defaults, "labels": space["labels"], "notes": space["notes"], **given}
+    spec = {**blank, "labels": space["labels"], "notes": space["notes"], **given}
     rows = {*REFERENCES, BASE, *spec["references"]}
     found = [
         Variant(get_method(method).title, method, sweep="reference")
@@ -149,11 +148,9 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             for name, parameters in value.items():
                 settings = changed(settings, name, {"parameters": parameters})
         elif section == "parameters":
-            own, known = base_name(method), get_method(method)
-            defaults = {key: each.default for key, each in inspect.signature(known.function).parameters.items()}
-            defaults |= {each.name: each.default for each in fields(known.settings)} if known.settings else {}
+            own, known = base_name(method), defaults(method)
             before = settings.methods.get(own, {})
-            kept = {key: v for key, v in value.items() if key in before or v != defaults.get(key)}
+            kept = {key: v for key, v in value.items() if key in before or v != known.get(key)}
             settings = replace(settings, methods={**settings.methods, own: {**before, **kept}})
         else:
             if isinstance(value, dict):

@@ -15,6 +15,7 @@ from foster_lib.errors import FosterError
 from foster_lib.methods import get_method
 from foster_lib.recipes import train_student
 from foster_lib.runs import Run
+from foster_lib.scaling import UntrainedTask
 
 FEW = {
     "foster": {"iterations": 3, "windows": 2, "subset": 16, "pool": 1, "inner_steps": 1},
@@ -172,3 +173,15 @@ def test_which_measurements_there_are(monkeypatch, settings):
     plain = measurements(SimpleNamespace(name="cpu"), ["toy"], ["td3"], 0, tuned=False)
     assert [type(each) for each in plain] == [StepCost, Course]
     assert efficiency_tables.SUBSETS == efficiency.SUBSETS
+
+
+@pytest.mark.parametrize("method", ["foster", "td3", "trajectory-matching"])
+def test_an_untrained_task_serves_to_measure_a_step(settings, task, method):
+    """No file of a trained model is read, and checkpoints differ, without which a trajectory has no length."""
+    known = {name: getattr(task, name) for name in task.__dataclass_fields__}
+    untrained = UntrainedTask(**{**known, "trajectory_folder": None, "labeller_folders": ()})
+    steps = []
+    distil(run_of(settings, method), untrained, lambda step, _: steps.append(step))
+    assert steps == [0, 1, 2]
+    one, two = untrained.trajectory[:2]
+    assert any(not torch.equal(one[name], two[name]) for name in one)

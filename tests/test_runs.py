@@ -239,6 +239,20 @@ def test_what_the_core_computes_with_is_in_every_key():
     assert {"condense", "regulariser", "adjoint"} <= set(records.modules_behind("foster"))
 
 
+def test_a_data_set_may_have_rows_of_its_own(settings, monkeypatch):
+    """None named: the profile's; an empty list as well; rows that are named are for every data set."""
+    monkeypatch.setattr("foster_lib.runs._split", lambda *_: None)
+    own = {"one": {"table2": ["random", "random"]}, "two": {"table2": []}, "three": {"table2": ["all"]}}
+    profile = Profile("test", [], [0], "leave-one-out", ["popularity"], {"per_dataset": own})
+    rows = {name: [run.method for run in plan(profile, [name], [], [0])] for name in (*own, "four")}
+    assert rows["one"] == ["random"] and rows["two"] == rows["four"] == ["popularity"]
+    assert set(rows["three"]) == {*METHODS} - {"teachers"}
+    assert [run.method for run in plan(profile, ["one"], ["linear"], [0])] == ["linear"]
+    own["one"]["table2"] = "random"
+    with pytest.raises(FosterError, match="per_dataset.one.table2 must be a list, not 'random'"):
+        plan(profile, ["one"], [], [0])
+
+
 def test_profiles_extend_each_other_and_refuse_unknown_keys():
     quick, cpu = load_profile("quick").settings("ml-100k"), load_profile("cpu").settings("ml-100k")
     assert replace(quick, profile="cpu") == cpu
