@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 
 from foster_lib.coresets import candidates
 from foster_lib.errors import FosterError, check_known
+from foster_lib.factored import FactorDescent, FactoredSequences, draw_subset, in_turn, with_dropout
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
-from foster_lib.td3 import FactorDescent, FactoredSequences, draw_subset, in_turn, with_dropout
 from foster_lib.unrolled import (
     Adam,
     AdamState,
@@ -52,6 +52,7 @@ class FarziSettings:
     outer_steps : steps on D and M
     inner_steps : T, all of them differentiated
     checkpoints : how many of the trajectory's checkpoints, from its start, are drawn from (0: all)
+    batch : sequences per inner step, taken in turn (0: all)
     latent : k
     start : of D and M, "real" sequences and the teacher's item features, or "random"
     windows : real windows per outer step

@@ -10,6 +10,7 @@ from foster_lib import td3
 from foster_lib.config import StudentSettings, load_profile
 from foster_lib.coresets import k_means
 from foster_lib.errors import FosterError
+from foster_lib.factored import in_turn
 from foster_lib.recipes import train_student
 from foster_lib.synthetic_data import SyntheticData
 from foster_lib.td3 import (
@@ -17,7 +18,6 @@ from foster_lib.td3 import (
     TuckerSequences,
     distill,
     draw_rows,
-    in_turn,
     inner_loss,
     rat_bptt,
     real_factors,
