@@ -50,6 +50,19 @@ def draw_subset(task: Task, size: int, generator: np.random.Generator) -> Subset
     return sample_subset(task.n_items, size, generator).to(task.device) if 0 < size < task.n_items else None
 
 
+def real_mixtures(start: SyntheticSequences, features: Tensor, scale: float) -> Tensor:
+    """Queries of n real sequences as mixtures, (n, R, k): s f(e) of the item at each of the R = L + 1 positions.
+
+    softmax(query · f) then lies on the item and its likes. features : (|V|, k), f; scale : s
+    """
+    return scale * features[torch.cat([start.items, start.targets[:, -1:]], 1)]
+
+
+def expected_mixtures(start: SyntheticSequences, features: Tensor, scale: float) -> Tensor:
+    """As `real_mixtures`, each position but the first being what the teacher expects there after those before it."""
+    return torch.cat([real_mixtures(start, features, scale)[:, :1], start.labels], 1)
+
+
 def in_turn(p: Tensor, batch: int, step: int) -> Tensor:
     """The sequences that inner step `step` trains on: `batch` of them, taken in turn; 0: all."""
     return p[(torch.arange(batch, device=p.device) + step * batch) % len(p)] if 0 < batch < len(p) else p
@@ -65,12 +78,13 @@ class FactoredSequences(SyntheticSequences):
     """`SyntheticSequences` whose probabilities are products of factors, which alone are stored.
 
     Every position has a target, the mixture of the next position; real items play no part (their
-    bonus is 0). A subclass adds its factors as fields, names in `FACTORS` what is stored, and
-    builds itself from these tensors in `from_factors`.
+    bonus is 0). A subclass adds its factors as fields, names in `FACTORS` what is stored, in `OPTIONAL` what may be
+    absent, and builds itself from these tensors in `from_factors`.
     """
 
     POSITION_BY_POSITION: ClassVar[bool] = False
     FACTORS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_factors(cls, **factors) -> FactoredSequences:
@@ -92,8 +106,10 @@ class FactoredSequences(SyntheticSequences):
 
     def _stored(self) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
-        for name in self.FACTORS:
+        for name in self.FACTORS + self.OPTIONAL:
             value = getattr(self, name)
+            if value is None:
+                continue
             stored |= {f"{name}.{part}": t for part, t in value.items()} if isinstance(value, dict) else {name: value}
         return {name: tensor.half().contiguous() for name, tensor in stored.items()}
 
@@ -118,6 +134,6 @@ class FactoredSequences(SyntheticSequences):
         path = Path(path)
         path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         tensors = load_tensors(path)
-        if tensors is None or {name.partition(".")[0] for name in tensors} != set(cls.FACTORS):
+        if tensors is None or {name.partition(".")[0] for name in tensors} - set(cls.OPTIONAL) != set(cls.FACTORS):
             raise FosterError(f"{path}: no readable {cls.__name__}. Distil them again.")
         return cls._restored(tensors)

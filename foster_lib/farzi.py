@@ -24,9 +24,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foster_lib.coresets import candidates
+from foster_lib.coresets import ALIKE
 from foster_lib.errors import FosterError, check_known
-from foster_lib.factored import FactorDescent, FactoredSequences, draw_subset, in_turn, with_dropout
+from foster_lib.factored import (
+    FactorDescent,
+    FactoredSequences,
+    draw_subset,
+    expected_mixtures,
+    in_turn,
+    real_mixtures,
+    with_dropout,
+)
+from foster_lib.starts import start_sequences
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.unrolled import (
@@ -42,7 +51,7 @@ from foster_lib.unrolled import (
     reverse_adam,
 )
 
-STARTS = ("real", "random")
+STARTS = ("teacher", "real", "random")
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ class FarziSettings:
     checkpoints : how many of the trajectory's checkpoints, from its start, are drawn from (0: all)
     batch : sequences per inner step, taken in turn (0: all)
     latent : k
-    start : of D and M, "real" sequences and the teacher's item features, or "random"
+    start : of D and M: what the "teacher" expects at each position of real sequences, or these "real" ones, and its
+        item features; or "random"
     windows : real windows per outer step
     subset : N, items drawn per outer step (0: the whole catalogue, as in the paper)
     learning_rate, clip : of the Adam on D and M, and its largest gradient norm
@@ -66,7 +76,7 @@ class FarziSettings:
     checkpoints: int = 0
     batch: int = 10
     latent: int = 64
-    start: str = "real"
+    start: str = "teacher"
     windows: int = 32
     subset: int = 0
     learning_rate: float = 0.01
@@ -86,6 +96,8 @@ class LatentSequences(FactoredSequences):
     decoder: Tensor | None = None
 
     FACTORS: ClassVar[tuple[str, ...]] = ("latent", "decoder")
+    # Columns of M that began as a teacher's item features say which items are alike, as with any labels.
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("alike",)
 
     @classmethod
     def from_factors(cls, **factors) -> LatentSequences:
@@ -104,26 +116,21 @@ class LatentSequences(FactoredSequences):
 def start_factors(task: Task, sequences: int, settings: FarziSettings, seed: int) -> list[Tensor]:
     """D and M as `settings.start` says.
 
-    "real": M are the teacher's item features s · f(e) in their k principal directions Q, and D[a, b]
-    is the feature of the item that a user, drawn at random, has at that place of the latest window,
-    so that P = softmax(s f(item) · Q Qᵀ f(e)) is concentrated on the item and its likes. Positions
-    beyond a short window start without a preference. "random": both from normal distributions.
+    M are the item features f(e) of the teacher's labels in their k principal directions Q, and D are the queries of
+    FOSTER's start in the same, so that P = softmax(query · Q Qᵀ f(e)). The queries of "real" sequences are s · f of
+    the item at a position, with the teacher's scale s; those of "teacher", what it expects there. "random": both from
+    normal distributions.
     """
     check_known(settings.start, STARTS, "start of Farzi:")
-    generator = torch.Generator().manual_seed(seed)
-    k, positions = settings.latent, task.sequence_length + 1
-    latent = torch.empty(sequences, positions, k).normal_(0.0, 0.02, generator=generator)
     if settings.start == "random":
-        return [latent, torch.empty(k, task.n_items).normal_(generator=generator)]
-    with torch.no_grad():
-        scale, features = task.teacher.log_scale.exp().cpu(), task.teacher.adapter(task.embeddings).cpu()
-    directions = torch.linalg.svd(features, full_matrices=False).Vh[:k].T
-    features, latent = features @ directions, latent[..., : directions.shape[1]].contiguous()
-    pool = [window for window in candidates(task) if len(window) > 1]
-    for row, index in enumerate(torch.randperm(len(pool), generator=generator)[:sequences]):
-        window = torch.from_numpy(pool[index])
-        latent[row, : len(window)] = features[window]
-    return [latent, scale * features.T]
+        generator = torch.Generator().manual_seed(seed)
+        latent = torch.empty(sequences, task.sequence_length + 1, settings.latent).normal_(0, 0.02, generator=generator)
+        return [latent, torch.empty(settings.latent, task.n_items).normal_(generator=generator)]
+    labelled = start_sequences(task, sequences, seed)
+    features, scale = labelled.features(task.embeddings.cpu()), float(task.teacher.log_scale.detach().exp())
+    mixtures = real_mixtures if settings.start == "real" else expected_mixtures
+    directions = torch.linalg.svd(features, full_matrices=False).Vh[: settings.latent].T
+    return [mixtures(labelled, features, scale) @ directions, (features @ directions).T.contiguous()]
 
 
 def meta_gradient(
@@ -164,7 +171,8 @@ def distill(
 
     def made() -> LatentSequences:
         now = {name: tensor.detach().cpu().clone() for name, tensor in zip(LatentSequences.FACTORS, factors)}
-        return LatentSequences.from_factors(**now)
+        alike = {} if settings.start == "random" else {"alike": torch.tensor(ALIKE)}
+        return LatentSequences.from_factors(**now, **alike)
 
     bar = tqdm(range(settings.outer_steps), desc=progress, unit="step", disable=not progress)
     for outer in bar:

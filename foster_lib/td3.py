@@ -5,8 +5,8 @@ Zhang et al., WWW 2025, arXiv 2502.02854. The item probabilities of n sequences 
     P[a, b, :] = softmax_c Σ_ijk G[i, j, k] U[a, i] T[b, j] V[c, k],
 
 with factors U (n × d₁) of the sequences, T (R × d₂) of the positions, a core G (d₁ × d₂ × d₃) and
-item factors V (|V| × d₃) that do not learn. Here V are the full-data teacher's item features
-s · f(e) of the text embeddings e, so only U, T and G are learned: a few thousand numbers,
+item factors V (|V| × d₃) that do not learn. Here V are the item features s · f(e) of the full-data teacher's
+labels, e the text embeddings, so only U, T and G are learned: a few thousand numbers,
 whatever the catalogue. One outer step of `distill`:
 
 1. P from the factors; at the start of an outer epoch the student becomes a random checkpoint of
@@ -32,10 +32,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foster_lib.coresets import ALIKE, k_means
+from foster_lib.coresets import ALIKE
 from foster_lib.errors import FosterError, check_known
-from foster_lib.factored import FactorDescent, FactoredSequences, draw_subset, in_turn, with_dropout
-from foster_lib.sasrec import SASRec
+from foster_lib.factored import (
+    FactorDescent,
+    FactoredSequences,
+    draw_subset,
+    expected_mixtures,
+    in_turn,
+    real_mixtures,
+    with_dropout,
+)
+from foster_lib.starts import start_sequences
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.unrolled import (
@@ -52,7 +60,7 @@ from foster_lib.unrolled import (
 )
 
 TARGETS = ("last", "cut", "all")
-STARTS = ("noise", "real")
+STARTS = ("noise", "real", "teacher")
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ class TD3Settings:
     random_window : end the window at a random step of W … T; if not, at T (plain truncation)
     checkpoints : how many of the trajectory's checkpoints, from its start, resets are drawn from (0: all)
     rank : d₁ = d₂
-    start : of the factors, "noise", as in the paper, or "real" sequences, see `real_factors`
+    start : of the factors: "noise", as in the paper; nearest to the "real" sequences that FOSTER starts at, or to what
+        the "teacher" expects at each of their positions
     batch : sequences per inner step, taken in turn (0: all)
     targets : of the inner loss: "last" position, and one at a random "cut", or "all" positions
     alignment : weight of the distance to the teacher's hidden states in L_real
@@ -83,13 +92,13 @@ class TD3Settings:
     random_window: bool = True
     checkpoints: int = 0
     rank: int = 8
-    start: str = "noise"
+    start: str = "teacher"
     batch: int = 10
     targets: str = "cut"
     alignment: float = 1.0
     windows: int = 32
     subset: int = 0
-    learning_rate: float = 0.03
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     clip: float = 1.0
     inner_learning_rate: float = 5e-3
@@ -113,25 +122,16 @@ def start_factors(sequences: int, positions: int, rank: int, width: int, seed: i
     return [users, times, core]
 
 
-def real_factors(task: Task, sequences: int, rank: int, seed: int) -> list[Tensor]:
-    """U, T and G whose queries are nearest, for factors of this rank, to those of n real sequences.
+def nearest_factors(queries: Tensor, rank: int) -> list[Tensor]:
+    """U, T and G whose queries are nearest, for factors of this rank, to those given, (n, R, d₃).
 
-    A position's query is then the feature f of the item there: its mixture is concentrated on the item and its likes.
-    The truncated higher-order singular value decomposition of the (n, R, d₃) features, grown to their norm, with
-    columns of U and T of unit mean square.
+    The truncated higher-order singular value decomposition, grown to the norm of what it stands for, with columns of
+    U and T of unit mean square.
     """
-    chosen = k_means(task, sequences, seed)
-    with torch.no_grad():
-        f = task.teacher.adapter(task.embeddings).cpu()
-    last = chosen.mask.sum(1) - 1
-    features = torch.zeros(sequences, task.sequence_length + 1, f.shape[1])
-    features[:, :-1] = f[chosen.items] * chosen.mask[..., None]
-    rows = torch.arange(sequences)
-    features[rows, last + 1] = f[chosen.targets[rows, last]]
-    users = _directions(features.flatten(1), rank)
-    times = _directions(features.transpose(0, 1).flatten(1), rank)
-    core = torch.einsum("abk,ai,bj->ijk", features, users, times) / (len(users) * len(times))
-    return [users, times, core * (features.norm() / tucker_queries(users, times, core).norm())]
+    users = _directions(queries.flatten(1), rank)
+    times = _directions(queries.transpose(0, 1).flatten(1), rank)
+    core = torch.einsum("abk,ai,bj->ijk", queries, users, times) / (len(users) * len(times))
+    return [users, times, core * (queries.norm() / tucker_queries(users, times, core).norm())]
 
 
 def _directions(rows: Tensor, rank: int) -> Tensor:
@@ -217,16 +217,23 @@ def distill(
     check_settings(settings)
     generator = np.random.default_rng(seed)
     teacher, trajectory = task.teacher, task.trajectory[: settings.checkpoints or None]
-    with torch.no_grad():
-        item_factors = teacher.log_scale.exp() * teacher.adapter(task.embeddings)  # V
-    if settings.start == "real":
-        start = real_factors(task, sequences, settings.rank, seed)
+    labelled = start_sequences(task, sequences, seed)
+    features, scale = labelled.features(task.embeddings.cpu()), float(teacher.log_scale.detach().exp())
+    item_factors = (scale * features).to(task.device)  # V
+    if settings.start == "noise":
+        start = start_factors(sequences, task.sequence_length + 1, settings.rank, features.shape[1], seed)
     else:
-        start = start_factors(sequences, task.sequence_length + 1, settings.rank, item_factors.shape[1], seed)
+        mixtures = real_mixtures if settings.start == "real" else expected_mixtures
+        start = nearest_factors(mixtures(labelled, features, scale) / scale, settings.rank)
     factors = [tensor.to(task.device).requires_grad_() for tensor in start]
     descent = FactorDescent(factors, settings, settings.weight_decay)
     student = FlatModel(with_dropout(task, settings.dropout).new_model(seed))
     adam, history = Adam(settings.inner_learning_rate), []
+
+    def made() -> TuckerSequences:
+        users, times, core = (tensor.detach().cpu().clone() for tensor in factors)
+        return TuckerSequences.from_factors(users=users, times=times, core=scale * core, adapter=labelled.adapter)
+
     bar = tqdm(range(settings.outer_steps), desc=progress, unit="step", disable=not progress)
     for outer in bar:
         if outer % settings.outer_epoch == 0:
@@ -248,15 +255,8 @@ def distill(
         history.append(float(outer_loss.detach()))
         bar.set_postfix(outer=f"{history[-1]:.3f}", refresh=False)
         if on_step:
-            on_step(outer, lambda: _stored_form(factors, teacher))
-    return _stored_form(factors, teacher), history
-
-
-def _stored_form(factors: list[Tensor], teacher: SASRec) -> TuckerSequences:
-    """The factors as sequences, the softmax's scale being in the core."""
-    users, times, core = (tensor.detach().cpu().clone() for tensor in factors)
-    core = core * teacher.log_scale.exp().detach().cpu()
-    return TuckerSequences.from_factors(users=users, times=times, core=core, adapter=teacher.adapter_weights())
+            on_step(outer, made)
+    return made(), history
 
 
 def check_settings(settings: TD3Settings) -> None:

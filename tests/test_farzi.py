@@ -8,10 +8,10 @@ import torch
 
 from foster_lib import farzi
 from foster_lib.config import StudentSettings, load_profile
-from foster_lib.coresets import candidates
 from foster_lib.errors import FosterError
 from foster_lib.farzi import FarziSettings, LatentSequences, distill, meta_gradient, start_factors
 from foster_lib.recipes import train_student
+from foster_lib.starts import start_sequences
 from foster_lib.synthetic_data import SyntheticData
 from foster_lib.unrolled import Adam, AdamState, FlatModel, RealBatch, math_attention, mixture_loss, real_loss, unroll
 
@@ -48,22 +48,26 @@ def test_sequences_survive_the_disk_and_belong_to_one_catalogue(task, sequences,
     assert log.losses[-1] < log.losses[0]
 
 
-def test_the_start_is_real_sequences_as_the_teacher_sees_items(task):
-    """With k = d the logits are exactly s · f(item) · f(e); with fewer, the best approximation of that rank."""
-    teacher, pool = task.teacher, candidates(task)
-    cosine = (teacher.features() @ teacher.features().T).detach()
-    latent, decoder = start_factors(task, 3, replace(FAST, latent=99), seed=0)
+@pytest.mark.parametrize("start", ["real", "teacher"])
+def test_the_start_is_sequences_as_the_teacher_sees_them(task, start):
+    """With k = d the logits are exactly its own; with fewer, the best approximation of that rank."""
+    f, expected = task.teacher.features().detach(), start_sequences(task, 3, 0)
+    latent, decoder = start_factors(task, 3, replace(FAST, latent=99, start=start), seed=0)
     assert latent.shape == (3, task.length + 1, 16) and decoder.shape == (16, task.n_items)
+    torch.testing.assert_close(decoder.norm(dim=0), torch.ones(task.n_items))
+    own = task.teacher.log_scale.detach().exp() * f[expected.items] @ f.T
     logits = latent @ decoder
-    best = logits.argmax(-1)
-    for row in range(3):
-        window = next(w for w in pool if best[row, : len(w)].tolist() == w.tolist())
-        expected = teacher.log_scale.exp().detach() * cosine[torch.from_numpy(window)]
-        torch.testing.assert_close(logits[row, : len(window)], expected, rtol=1e-4, atol=1e-4)
-    _, few = start_factors(task, 3, replace(FAST, latent=4), seed=0)
+    torch.testing.assert_close(logits[:, 0], own[:, 0], rtol=1e-4, atol=1e-4)
+    later = own[:, 1:] if start == "real" else expected.labels[:, :-1] @ f.T
+    torch.testing.assert_close(logits[:, 1:-1], later, rtol=1e-4, atol=1e-4)
+    _, few = start_factors(task, 3, replace(FAST, latent=4, start=start), seed=0)
     torch.testing.assert_close(few, decoder[:4])
-    _, random = start_factors(task, 3, replace(FAST, latent=4, start="random"), seed=0)
-    assert random.shape == few.shape and not torch.equal(random, few)
+
+
+def test_a_start_at_random_knows_nothing_of_likeness(task):
+    for start, knows in (("random", False), ("teacher", True)):
+        found, _ = distill(task, 3, replace(FAST, start=start, latent=4), seed=0)
+        assert (found.alike is not None) == (found.stored().alike is not None) == knows
 
 
 def test_meta_gradient_equals_autograd_through_the_unrolled_steps(task):

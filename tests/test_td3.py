@@ -8,10 +8,10 @@ import torch
 
 from foster_lib import td3
 from foster_lib.config import StudentSettings, load_profile
-from foster_lib.coresets import k_means
 from foster_lib.errors import FosterError
 from foster_lib.factored import in_turn
 from foster_lib.recipes import train_student
+from foster_lib.starts import start_sequences
 from foster_lib.synthetic_data import SyntheticData
 from foster_lib.td3 import (
     TD3Settings,
@@ -19,8 +19,8 @@ from foster_lib.td3 import (
     distill,
     draw_rows,
     inner_loss,
+    nearest_factors,
     rat_bptt,
-    real_factors,
     start_factors,
     tucker_queries,
 )
@@ -46,21 +46,36 @@ def sequences(task):
 # ------------------------------------------------------------------- parametrisation
 
 
-def test_a_real_start_of_full_rank_is_the_real_sequences(task):
-    """With as many factors as sequences and positions nothing is lost; with fewer the norm is kept."""
-    length, chosen = task.length, k_means(task, 3, seed=0)
-    features = task.teacher.adapter(task.embeddings).detach()
-    users, times, core = real_factors(task, 3, length + 1, seed=0)
-    assert users.shape == (3, length + 1) and times.shape == (length + 1, length + 1)
-    queries = tucker_queries(users, times, core)
-    for row, mask in enumerate(chosen.mask):
-        known = int(mask.sum())
-        items = torch.cat([chosen.items[row, :known], chosen.targets[row, known - 1 : known]])
-        assert torch.allclose(queries[row, : known + 1], features[items], atol=1e-4)
-        assert queries[row, known + 1 :].abs().max() < 1e-4 if known < length else True
-    few = tucker_queries(*real_factors(task, 3, 2, seed=0))
+def test_with_factors_enough_nothing_is_lost_and_with_fewer_the_norm_is_kept(task):
+    queries = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    users, times, core = nearest_factors(queries, 6)
+    assert users.shape == (3, 6) and times.shape == (6, 6) and core.shape == (6, 6, 4)
+    torch.testing.assert_close(tucker_queries(users, times, core), queries)
+    few = tucker_queries(*nearest_factors(queries, 2))
     assert few.norm() == pytest.approx(float(queries.norm()), rel=1e-4)
     assert torch.linalg.matrix_rank(few.flatten(1)) == 2
+    few = few * (few * queries).sum() / few.square().sum()  # how near, whatever the length
+    for seed in range(5):
+        a, b = (
+            torch.linalg.qr(torch.randn(size, 2, generator=torch.Generator().manual_seed(seed)))[0] for size in (3, 6)
+        )
+        elsewhere = torch.einsum("abk,ax,by,cx,dy->cdk", queries, a, b, a, b)
+        assert (few - queries).norm() < (elsewhere - queries).norm()
+
+
+@pytest.mark.parametrize("start", ["real", "teacher"])
+def test_a_start_is_what_stands_at_a_position_or_what_the_teacher_expects_there(task, start):
+    """Nothing learned, and as many factors as positions: the mixtures of FOSTER's start."""
+    settings = replace(FAST, start=start, rank=task.length + 1, learning_rate=0.0, outer_steps=1)
+    found, expected = distill(task, 3, settings, seed=0)[0], start_sequences(task, 3, 0)
+    p = found.input_probabilities(task.embeddings)
+    if start == "real":
+        f, scale = task.teacher.features().detach(), task.teacher.log_scale.detach().exp()
+        torch.testing.assert_close(p, (scale * f[expected.items] @ f.T).softmax(-1), rtol=1e-3, atol=1e-5)
+    else:
+        wanted = expected.target_probabilities(task.embeddings)
+        torch.testing.assert_close(p[:, 1:], wanted[:, :-1], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.target_probabilities(task.embeddings), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_tucker_probabilities_against_loops():
