@@ -126,7 +126,7 @@ class Course:
     run: Run
     timed: int = 10
     marks: int = 6
-    limit: float = 900.0
+    limit: float = 450.0
 
     @property
     def path(self) -> Path:
@@ -170,7 +170,7 @@ def measurements(
     *,
     steps: int = 10,
     marks: int = 6,
-    limit: float = 900.0,
+    limit: float = 450.0,
     tuned: bool = True,
 ) -> list[StepCost | Course]:
     """All that Table 3 is made of: for each data set and method a step, a course, and a step that tunes the encoder's
