@@ -115,10 +115,17 @@ class Profile:
 
     def rows(self, dataset: str) -> list[str]:
         """Rows of Table 2 for a data set: its own, if `per_dataset` names any."""
-        own = self.raw.get("per_dataset", {}).get(dataset, {}).get("table2", [])
+        return self._own_list(dataset, "table2") or self.table2
+
+    def once(self, dataset: str) -> list[str]:
+        """Rows that a data set has from one seed and one student, because they are dear there."""
+        return self._own_list(dataset, "once")
+
+    def _own_list(self, dataset: str, key: str) -> list[str]:
+        own = self.raw.get("per_dataset", {}).get(dataset, {}).get(key, [])
         if not isinstance(own, list):
-            raise FosterError(f"profile '{self.name}': per_dataset.{dataset}.table2 must be a list, not {own!r}.")
-        return own or self.table2
+            raise FosterError(f"profile '{self.name}': per_dataset.{dataset}.{key} must be a list, not {own!r}.")
+        return own
 
     def settings(self, dataset: str, split: str | None = None) -> Settings:
         """Settings of one data set, `per_dataset` applied."""
@@ -128,7 +135,7 @@ class Profile:
         for key in own:
             check_known(
                 key,
-                (*SECTIONS, *BUDGET, "table2"),
+                (*SECTIONS, *BUDGET, "table2", "once"),
                 f"key of per_dataset.{dataset} in profile '{self.name}'",
             )
         merged = _merge(self.raw, own)

@@ -158,7 +158,8 @@ class Run:
 def plan(
     profile: Profile, datasets: list[str], methods: list[str], seeds: list[int], split: str | None = None
 ) -> list[Run]:
-    """All runs of a table: each data set, method and seed, and each student of those that condense.
+    """All runs of a table: each data set, method and seed, and each student of those that condense; of the rows that
+    the profile has `once` on a data set the first seed and student.
 
     `methods` may be ["all"], or empty: the profile's rows of each data set. Names that do not exist, and
     splits that a data set does not allow, end here.
@@ -168,15 +169,18 @@ def plan(
         raise FosterError(f"seeds are {seeds}: they must be whole numbers that are not negative.")
     settings = {name: profile.settings(name, split) for name in datasets}
     rows = {name: dict.fromkeys(methods or profile.rows(name)) for name in datasets}
+    once = {name: profile.once(name) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
+        for method in once[name]:
+            get_method(method)
     runs = [
         Run(settings[name], method, seed, student)
         for name in datasets
         for method in (METHODS if "all" in rows[name] else rows[name])
         if method != "teachers" or settings[name].teachers > 1  # the mean of one is the row `full`
-        for seed in (seeds if get_method(method).seeded else seeds[:1])
-        for student in range(profile.students if get_method(method).condenses else 1)
+        for seed in (seeds if get_method(method).seeded and method not in once[name] else seeds[:1])
+        for student in range(profile.students if get_method(method).condenses and method not in once[name] else 1)
     ]
     if not runs:
         raise FosterError(f"one full-data model labels S on {', '.join(datasets)}: ask for its row, 'full'.")

@@ -147,7 +147,7 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             "",
             table.to_markdown(index=False, disable_numparse=True),
             "",
-            "Mean ± standard deviation over seeds. *gain*: (method − untrained) / (full − untrained). "
+            f"Mean ± standard deviation over seeds{once_note(own)}. *gain*: (method − untrained) / (full − untrained). "
             "*FOSTER minus it*: difference in NDCG@10 with its 95 % interval by paired bootstrap over users, "
             "seeds averaged; * where the interval excludes 0. *Distil s*, *Train s*: one thread; "
             f"*Distil s* is on top of {teachers_note(own)} KD and FOSTER read.",
@@ -170,6 +170,15 @@ def students_note(runs: list[Run]) -> str:
     """How many students were trained on each set of sequences, if more than one."""
     count = 1 + max(run.student for run in runs)
     return f"; {count} students on each set of sequences" if count > 1 else ""
+
+
+def once_note(runs: list[Run]) -> str:
+    """That some rows are of one seed only, if others that draw at random have several."""
+    seeded = {method: set() for method in dict.fromkeys(run.method for run in runs) if get_method(method).seeded}
+    for run in runs:
+        seeded.get(run.method, set()).add(run.seed)
+    counts = {len(seeds) for seeds in seeded.values()}
+    return "; where none is shown, one seed and one student" if 1 in counts and len(counts) > 1 else ""
 
 
 def table2_figure(long: pd.DataFrame) -> plt.Figure:

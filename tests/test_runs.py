@@ -197,6 +197,24 @@ def test_a_plan_holds_every_run_once(settings, monkeypatch):
         plan(profile, ["toy"], ["random"], [0], "temporl")
 
 
+def test_dear_rows_have_one_seed_and_one_student(settings):
+    """The rows that `once` names, on that data set alone; a wrong name there ends the plan."""
+
+    def planned(once):
+        raw = {"encoder": {"name": "tiny"}, "students": 2, "per_dataset": {"toy": {"once": once}}}
+        profile = Profile("cpu", ["toy"], [1, 2], "leave-one-out", ["random", "longest", "full"], raw, students=2)
+        return [(run.method, run.seed, run.student) for run in plan(profile, ["toy"], [], [1, 2])]
+
+    everything = planned([])
+    assert len(everything) == 4 + 4 + 2 and {run[0] for run in everything} == {"random", "longest", "full"}
+    kept = [run for run in everything if run[0] != "random" or run == ("random", 1, 0)]
+    assert planned(["random"]) == kept
+    with pytest.raises(FosterError, match="unknown method"):
+        planned(["randm"])
+    with pytest.raises(FosterError, match="once must be a list"):
+        planned("random")
+
+
 def test_results_do_not_depend_on_jobs(settings):
     runs = [Run(settings, method, 0) for method in ("full", "kd", "foster", "k-center")]
     serial = execute(runs, jobs=1, say=quiet, progress=False)
