@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator
 
-from foster_lib.evaluation import paired_bootstrap
 from foster_lib.methods import get_method
 from foster_lib.paths import write_atomically
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
+from foster_lib.significance import paired_bootstraps
 from foster_lib.tables import undated, use_style
 
 BASE = "foster"
@@ -39,6 +39,8 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     ranks: dict[str, list[np.ndarray]] = {}
     for name, run in runs:
         ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
+    values, ours = {name: np.mean(each, axis=0) for name, each in ranks.items()}, get_method(BASE).title
+    tests = paired_bootstraps(values[ours], values) if ours in values else {}
     rows = []
     for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
@@ -48,10 +50,11 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
                 row[spec["labels"][metric]] = number(cell["mean"], 0 if metric == "coverage" else 4, cell["std"])
         first = own.loc["ndcg@10"]
         row |= {"NDCG@10 / full": number(first["ratio_to_full"], 3), "gain": number(first["recovered_gain"], 2)}
-        if ranks:
-            test = paired_bootstrap(*(np.mean(ranks[of], axis=0) for of in (get_method(BASE).title, name)))
+        if tests:
+            row["FOSTER minus it, 95 %"] = ""
+        if (test := tests.get(name)) and not as_profile:
             interval = f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
-            row["FOSTER minus it, 95 %"] = "" if as_profile else interval + "*" * (test["low"] > 0 or test["high"] < 0)
+            row["FOSTER minus it, 95 %"] = interval + "*" * (test["low"] > 0 or test["high"] < 0)
         costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
         rows.append(row | {title: number(value, 0) for title, value in costs})
     return pd.DataFrame(rows)

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from foster_lib.evaluation import METRICS, paired_bootstrap
+from foster_lib.evaluation import METRICS
 from foster_lib.methods import METHODS, get_method
 from foster_lib.paths import results_dir, write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
+from foster_lib.significance import paired_bootstraps
 
 COLUMNS = ["dataset", "split", "profile", "method", "sequences", "metric", "mean", "std", "runs"]
 COLUMNS += ["ratio_to_full", "recovered_gain"]
@@ -69,11 +70,9 @@ def per_user(runs: Iterable[Run], metric: str) -> dict[str, np.ndarray]:
 def comparisons(runs: Iterable[Run], method: str = "foster", metric: str = "ndcg@10") -> pd.DataFrame:
     """`method` against every other row by paired bootstrap over users (seeds averaged)."""
     values = per_user(runs, metric)
-    rows = [
-        {"against": other, **paired_bootstrap(values[method], values[other])}
-        for other in values
-        if other != method and method in values
-    ]
+    others = {other: each for other, each in values.items() if other != method and method in values}
+    tests = paired_bootstraps(values[method], others) if others else {}
+    rows = [{"against": other, **test} for other, test in tests.items()]
     return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "p_value", "cohens_d"])
 
 

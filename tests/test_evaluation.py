@@ -12,6 +12,7 @@ import torch
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import METRICS, Ranks, paired_bootstrap, rank_queries, recommender_scorer
 from foster_lib.sasrec import build_model
+from foster_lib.significance import paired_bootstraps
 from foster_lib.splits import Queries
 from tests.conftest import SMALL
 
@@ -283,6 +284,21 @@ def test_bootstrap_is_calibrated():
 
 
 def test_bootstrap_needs_the_same_users():
-    """Different numbers of users are refused."""
+    """Different numbers of users are refused, by name where there are several rows."""
     with pytest.raises(FosterError, match="needs the same users"):
         paired_bootstrap(np.zeros(3), np.zeros(4))
+    with pytest.raises(FosterError, match="needs the same users.*of kd"):
+        paired_bootstraps(np.zeros(3), {"full": np.zeros(3), "kd": np.zeros(4)})
+
+
+def test_many_bootstraps_at_once_are_the_single_ones():
+    """The same draws of users, whatever the number of samples is divided by; nothing to compare is nothing."""
+    rng = np.random.default_rng(5)
+    ours = rng.random(257) * (rng.random(257) < 0.3)
+    others = {"near": ours + rng.normal(0, 0.05, 257), "far": ours - 0.1 * rng.random(257), "same": ours.copy()}
+    together = paired_bootstraps(ours, others, samples=1234, level=0.9, seed=3)
+    for name, theirs in others.items():
+        alone = paired_bootstrap(ours, theirs, samples=1234, level=0.9, seed=3)
+        assert together[name] == pytest.approx(alone, abs=1e-11)
+    assert together["same"]["low"] == together["same"]["high"] == 0.0
+    assert paired_bootstraps(ours, {}) == {}
