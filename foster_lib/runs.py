@@ -136,7 +136,10 @@ class Run:
 
     @property
     def distilled_path(self) -> Path:
-        name = f"{self.method}-seed{self.seed}-{self.first.key}.safetensors"
+        """Where the sequences lie: under a key of what they depend on, so that other students read the same."""
+        described = {name: value for name, value in self.description().items() if not name.startswith("student")}
+        key = content_key({**described, "data": load_once(self.settings.dataset).content, "code": self.code})
+        name = f"{self.method}-seed{self.seed}-{key}.safetensors"
         return results_dir() / "distilled" / self.settings.profile / self.settings.dataset / name
 
     def manifest(self) -> dict[str, Any] | None:
