@@ -113,6 +113,20 @@ def test_further_students_read_what_the_first_has_stored(settings):
     assert first.distilled_path.is_file()
 
 
+def test_students_of_another_recipe_read_the_same_sequences(settings):
+    """Nothing is distilled again; what it took stands in both manifests. Other sequences lie elsewhere."""
+    first = Run(settings, "random", 0)
+    other = Run(replace(settings, student=replace(settings.student, epochs=7)), "random", 0)
+    assert other.path != first.path and other.distilled_path == first.distilled_path
+    assert Run(replace(settings, sequences=settings.sequences + 1), "random", 0).distilled_path != first.distilled_path
+    assert Run(settings, "random", 1).distilled_path != first.distilled_path
+    (one,) = execute([first], say=quiet, progress=False)
+    stored = first.distilled_path.stat().st_mtime_ns
+    (two,) = execute([other], say=quiet, progress=False)
+    assert first.distilled_path.stat().st_mtime_ns == stored and one["test"] != two["test"]
+    assert two["seconds"]["distillation"] == one["seconds"]["distillation"] and two["student"]["epochs"] == 7
+
+
 def test_sequences_stored_before_a_kill_are_read(settings):
     """A killed run goes on from them; asked for afresh, or where the file is damaged, it distils again."""
     run = Run(settings, "foster", 0)
