@@ -70,6 +70,11 @@ def test_every_row_of_table_2_runs_and_makes_its_table(settings, tmp_path):
     row = table[(table["method"] == "random") & (table["metric"] == "ndcg@10")].iloc[0]
     assert row["mean"] == pytest.approx(np.mean(values), rel=1e-5)
     assert row["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-4) and row["runs"] == 2
+
+    fewer = [run for run in runs if (run.method, run.seed) != ("longest", 1)]
+    for chosen, said in ((runs, False), (fewer, True), ([run for run in runs if run.seed == 0], False)):
+        text = write_table2(chosen, tmp_path / "fewer").read_text()
+        assert ("where none is shown, one seed and one student" in text) == said
     text = (tmp_path / "table2" / "table2.md").read_text()
     assert "FOSTER" in text and "cores (cpu)" in text
     for suffix in ("tex", "png", "pdf"):
