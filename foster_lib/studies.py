@@ -194,9 +194,10 @@ def study_table(study: Study, planned: Planned) -> pd.DataFrame:
         size = (
             4 * manifest["data"]["interactions"] if run.method == "full" else manifest["details"].get("bytes", np.nan)
         )
-        # A further student of the same sequences found them made.
+        if run.student:  # it found the sequences made: what they took stands in the first one's manifest
+            first = manifests.get(run.first.path)
+            distil = first["seconds"]["distillation"] if first else np.nan
         costs = dict(zip(COSTS, (distil, train, teacher + distil + train, manifest["peak_memory_mib"], size)))
-        costs |= {"distil_seconds": np.nan, "total_seconds": np.nan} if run.student else {}
         shared = {key: manifest[key] for key in ("dataset", "split", "profile", "method")} | {"seed": run.seed}
         shared |= {"study": study.name, "sweep": variant.sweep, "value": variant.value}
         shared["variant"] = variant.name + STALE * (manifest["code"] != run.code)
