@@ -143,5 +143,6 @@ def course_figure(wanted: list[StepCost | Course]) -> plt.Figure:
         axis.grid(True, axis="y")
         axis.set(xlabel="seconds of distilling", ylabel=f"NDCG@10, validation\n({dataset})")
     if datasets:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(3, 2 * len(datasets)), frameon=False)
+        entries, columns = axes[0, 0].get_legend_handles_labels(), min(3, 2 * len(datasets))
+        figure.legend(*entries, loc="outside upper center", ncols=columns, frameon=False)
     return figure
