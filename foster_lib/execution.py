@@ -63,13 +63,20 @@ def execute(
     trainings = {
         folder: Call(training, run, makes=(folder,)) for folder, run in teachers.items() if fresh or not trained(run)
     }
-    distilled: dict[Path, Call] = {}
+    distilled: list[Call] = []
+    makers: dict[Path, Call] = {}  # of sequences: all other students read what the first one's run has stored
     for run in sorted(pending, key=_expected_cost, reverse=True):
-        made = [distilled.get(run.first.path)] if run.student else [trainings.get(folder) for folder in _reads(run)]
-        needs = tuple(call for call in made if call)
-        function = run_one if fresh else run_unfinished
-        distilled[run.path] = Call(function, run, needs, reads=_reads(run), makes=_makes(run))
-    calls = [*trainings.values(), *distilled.values()]
+        maker = makers.get(run.distilled_path)
+        needs = [] if run.student else [trainings.get(folder) for folder in _reads(run)]
+        function, reads = run_one if fresh else run_unfinished, _reads(run)
+        if maker and not run.student:  # of another recipe
+            function = partial(run_one, fresh=False) if fresh else run_unfinished
+            reads = (*reads, run.distilled_path, run.distilled_path.with_suffix(".json"))
+        call = Call(function, run, tuple(each for each in (*needs, maker) if each), reads=reads, makes=_makes(run))
+        distilled.append(call)
+        if not run.student:
+            makers.setdefault(run.distilled_path, call)
+    calls = [*trainings.values(), *distilled]
     if engine == "dask":
         from foster_lib.cluster import on_cluster  # Dask is needed by those who use it
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import foster_lib.records as records
+import foster_lib.runs
 from foster_lib.config import (
     Profile,
     build,
@@ -118,7 +119,7 @@ def test_further_students_read_what_the_first_has_stored(settings):
     assert first.distilled_path.is_file()
 
 
-def test_students_of_another_recipe_read_the_same_sequences(settings):
+def test_students_of_another_recipe_read_the_same_sequences(settings, monkeypatch):
     """Nothing is distilled again; what it took stands in both manifests. Other sequences lie elsewhere."""
     first = Run(settings, "random", 0)
     other = Run(replace(settings, student=replace(settings.student, epochs=7)), "random", 0)
@@ -130,6 +131,10 @@ def test_students_of_another_recipe_read_the_same_sequences(settings):
     (two,) = execute([other], say=quiet, progress=False)
     assert first.distilled_path.stat().st_mtime_ns == stored and one["test"] != two["test"]
     assert two["seconds"]["distillation"] == one["seconds"]["distillation"] and two["student"]["epochs"] == 7
+    distilled, distil = [], foster_lib.runs._distil
+    monkeypatch.setattr(foster_lib.runs, "_distil", lambda *known: distilled.append(known[0]) or distil(*known))
+    again = execute([first, other], fresh=True, say=quiet, progress=False)  # once, though both are made again
+    assert len(distilled) == 1 and [m["test"] for m in again] == [one["test"], two["test"]]
 
 
 def test_sequences_stored_before_a_kill_are_read(settings):
