@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,10 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     part : DataFrame
         The rows of `studies.study_table`.
     runs : list
-        Runs by name of variant: FOSTER is compared with each, user by user. Without them there is no comparison.
+        Runs by name of variant: FOSTER with as many sequences is compared with each, user by user. Without them
+        there is no comparison.
     """
-    ranks: dict[str, list[np.ndarray]] = {}
-    for name, run in runs:
-        ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
-    values, ours = {name: np.mean(each, axis=0) for name, each in ranks.items()}, get_method(BASE).title
-    tests = paired_bootstraps(values[ours], values) if ours in values else {}
+    tests = _foster_against(runs)
     rows = []
     for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
@@ -58,6 +56,24 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
         costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
         rows.append(row | {title: number(value, 0) for title, value in costs})
     return pd.DataFrame(rows)
+
+
+def _foster_against(runs: list[tuple[str, Run]]) -> dict[str, dict[str, float]]:
+    """FOSTER, as the study has it but for the number of sequences, against each row of as many: `paired_bootstraps`."""
+    foster = next((run.settings for name, run in runs if name == get_method(BASE).title), None)
+    ranks: dict[str, list[np.ndarray]] = {}
+    counts: dict[str, int] = {}
+    ours: dict[int, str] = {}
+    for name, run in runs:
+        ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
+        count = counts[name] = run.settings.sequences
+        if foster and run.method == BASE and run.settings == replace(foster, sequences=count):
+            ours.setdefault(count, name)
+    values, tests = {name: np.mean(each, axis=0) for name, each in ranks.items()}, {}
+    for count, name in ours.items():
+        others = {other: values[other] for other in values if counts[other] == count and other != name}
+        tests |= paired_bootstraps(values[name], others)
+    return tests
 
 
 def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:

@@ -12,10 +12,11 @@ import yaml
 from foster_lib import studies
 from foster_lib.config import Profile, load_profile
 from foster_lib.errors import FosterError
-from foster_lib.evaluation import METRICS
+from foster_lib.evaluation import METRICS, paired_bootstrap
 from foster_lib.execution import execute
 from foster_lib.foster import FosterSettings
 from foster_lib.methods import check_parameters
+from foster_lib.records import read_ranks
 from foster_lib.runs import load_once, plan
 from foster_lib.studies import (
     COLUMNS,
@@ -28,6 +29,7 @@ from foster_lib.studies import (
     study_table,
     write_study,
 )
+from foster_lib.study_tables import readable_table
 from foster_lib.synthetic import SyntheticSequences
 
 FOSTER = {"iterations": 1, "subset": 16, "windows": 4, "pool": 1}
@@ -241,6 +243,26 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     for suffix in ("tex", "png", "pdf"):
         assert (tmp_path / "out" / f"sizes.{suffix}").stat().st_size > 500
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_foster_is_compared_at_as_many_sequences(space, profile):
+    """A row of four sequences with FOSTER's four, one of three with FOSTER's three, whatever the profile has."""
+    sweep = {"axis": "n", "change": "sequences", "methods": ["foster", "kd"], "values": [3, 4], "smoke": [3]}
+    space({**SPACE, "studies": {"counts": {"title": "Counts", "panels": ["ndcg@10"], "sweeps": [sweep]}}})
+    study = load_study("counts", profile)
+    planned, table = run_study(study, study.runs(profile, ["toy"], [0]), say=quiet, progress=False)
+    runs = [(variant.name, run) for variant, run in planned]
+    shown = readable_table(study.spec, table, runs).set_index("Row")["FOSTER minus it, 95 %"]
+    per_user = {name: read_ranks(run.path).per_user("ndcg@10") for name, run in runs}
+    names = {(run.method, run.settings.sequences): name for name, run in runs}
+    for count in (3, 4):
+        ours, theirs = names["foster", count], names["kd", count]
+        test = paired_bootstrap(per_user[ours], per_user[theirs])
+        assert shown[theirs].startswith(f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]")
+        assert not any(shown[row] for row in shown.index if row.removesuffix(" †") == ours)
+    without = readable_table(study.spec, table, [(name, run) for name, run in runs if name != names["foster", 3]])
+    without = without.set_index("Row")[shown.name]
+    assert without[names["kd", 3]] == "" and without[names["kd", 4]] == shown[names["kd", 4]]
 
 
 def test_costs_are_read_and_nothing_is_run(space, profile, monkeypatch, tmp_path):
