@@ -35,7 +35,7 @@ HEADING = re.compile(r"^#+ .*", re.M)
 SHOWN = {
     **{"table1": "table1_datasets", "table2": "table2", "efficiency": "table3_efficiency"},
     **{"ablation": "table4_ablation", "table5": "table5_transfer", "ideas": "table6_key_ideas"},
-    **{"budget": "fig_budget", "length": "fig_budget", "student": "fig_student"},
+    **{"few": "table7_two_sequences", "budget": "fig_budget", "length": "fig_budget", "student": "fig_student"},
     **{name: f"fig_{name}" for name in ("subset", "reset", "regulariser", "scaling", "sequences")},
 }
 """Results that the index shows as far as they are there, in this order, and the notebook that each comes from."""

@@ -86,9 +86,9 @@ def test_the_notebooks_of_this_project_take_what_make_passes_on():
     everything = plan(["all"], {"profile": "smoke", "fresh": True, **given})
     assert all(own["profile"] == "smoke" for own in everything.values())
     tables = ["table1_datasets", "table2", "table3_efficiency", "table4_ablation", "table5_transfer"]
-    tables.append("table6_key_ideas")
-    assert list(everything)[:6] == tables and list(everything)[6:] == list(plan(["figures"], {}))
-    assert len(everything) == 13
+    tables += ["table6_key_ideas", "table7_two_sequences"]
+    assert list(everything)[:7] == tables and list(everything)[7:] == list(plan(["figures"], {}))
+    assert len(everything) == 14
     for name, own in everything.items():
         missing = given.keys() - own.keys()
         assert not missing or name in ("table1_datasets", "fig_scaling", "fig_sequences"), (name, missing)
