@@ -17,8 +17,10 @@ from foster_lib import (
     distribution_matching,
     farzi,
     foster,
+    free,
     goracs,
     linear,
+    linear_labels,
     matching,
     references,
     scores,
@@ -38,8 +40,8 @@ class Method:
 
     function : what is called; title : how tables name it; condenses : returns sequences for a
     student; needs_teacher : reads the full-data run of the same seed; seeded : differs by seed;
-    labelled : the teacher's labels then take the place of real next items; settings : dataclass
-    whose fields the function takes as parameters; form : type of the sequences.
+    labelled : the teacher's labels then take the place of real next items; soft : the sequences have labels of the
+    method's own; settings : dataclass whose fields the function takes as parameters; form : type of the sequences.
     """
 
     function: Callable
@@ -48,6 +50,7 @@ class Method:
     needs_teacher: bool = False
     seeded: bool = True
     labelled: bool = False
+    soft: bool = False
     settings: type | None = None
     form: type[SyntheticSequences] = SyntheticSequences
 
@@ -99,13 +102,17 @@ DISTILLATION = {
     "trajectory-matching": Method(matching.trajectory_matching, "Trajectory matching (MTT)", needs_teacher=True),
     "farzi": Method(farzi.farzi, "Farzi", needs_teacher=True, settings=farzi.FarziSettings, form=farzi.LatentSequences),
     "td3": Method(td3.td3, "TD3", needs_teacher=True, settings=td3.TD3Settings, form=td3.TuckerSequences),
+    "kd-linear": Method(
+        linear_labels.kd_linear, "Labels of a linear model", soft=True, settings=linear_labels.LinearSettings
+    ),
     "foster-tied": Method(
         tied.foster_tied,
         "FOSTER, tied, without a teacher",
-        needs_teacher=True,
-        settings=foster.FosterSettings,
+        soft=True,
+        settings=tied.TiedSettings,
         form=tied.TiedSequences,
     ),
+    "foster-free": Method(free.foster_free, "FOSTER, without a teacher", soft=True, settings=free.FreeSettings),
     "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
 }
 

@@ -80,9 +80,10 @@ class Run:
             described["sequences"] = settings.sequences
             described["sequence_length"] = settings.sequence_length
             described["student"] = asdict(settings.student)
-            if method.needs_teacher:
-                described |= {"readings": settings.readings, "successors": settings.successors}
+            if method.needs_teacher or method.soft:
+                described["readings"] = settings.readings
                 described |= {"order": settings.order} if settings.readings > 1 else {}
+                described |= {"successors": settings.successors} if method.needs_teacher else {}
             else:
                 del described["student"]["likeness"]  # which nobody knows
             described["student_seed"] = self.student_seed

@@ -1,13 +1,15 @@
-"""FOSTER without a teacher: tied sequences, the form that the paper describes.
+"""FOSTER in the form that the paper describes: tied sequences, without a teacher.
 
 S holds no labels. Every position of n sequences of R = L + 1 is one mixture of items,
 
     p_t(j) = softmax_j(z_t · f(e_j) + β_t [j is the anchor of t]),
 
 and the target at a position is the mixture of the next one, y_t = p_{t+1}: the same tensors are read
-as input and as target. They start at real sequences, chosen by item text alone; L_real is the
-cross-entropy of real next items, and f are the item features of the untrained model. Of full-data
-training only the checkpoints are used that models are reset to. The rest is `foster.distill`.
+as input and as target. L_real is the cross-entropy of real next items; nothing is ever trained on all data.
+
+Sequences of nearly real items (β large) teach a student hardly more than real ones do. So each begins with a real item,
+and every further mixture is what a linear model expects there after the real items before it (`linear_labels`).
+The rest is `foster.distill`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foster_lib.errors import FosterError
-from foster_lib.foster import FosterSettings, Synthesizer, distill
+from foster_lib.coresets import ALIKE
+from foster_lib.errors import FosterError, check_known
+from foster_lib.foster import FosterSettings, distill
+from foster_lib.free import FreeSettings, FreeSynthesizer, FreshTask
+from foster_lib.linear_labels import linear_start
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import Subset, SyntheticBatch, sample_subset, subset_inputs
 from foster_lib.synthetic import SyntheticSequences
@@ -81,7 +86,18 @@ class TiedSequences(SyntheticSequences):
         return {name: tensor for name, tensor in super().tensors().items() if name != "labels"}
 
 
-def start_sequences(task: Task, sequences: int, settings: FosterSettings, seed: int) -> TiedSequences:
+@dataclass(frozen=True)
+class TiedSettings(FreeSettings):
+    """start : of the mixtures: what a "linear" model expects, or "real" items, nearly pure"""
+
+    start: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self.start, STARTS, "start of tied sequences:")
+
+
+def real_start(task: Task, sequences: int, settings: TiedSettings, seed: int) -> TiedSequences:
     """Real sequences as nearly pure mixtures: cluster medoids by text, f of the untrained model."""
     chosen = cluster_medoids(task, sequences, seed)
     model = task.new_model(seed)
@@ -100,10 +116,22 @@ def start_sequences(task: Task, sequences: int, settings: FosterSettings, seed: 
     )
 
 
-class TiedSynthesizer(Synthesizer):
-    """The learnable z and β of all positions; every anchor stays in every item subset, as input and as target."""
+def expected_start(task: Task, sequences: int, settings: TiedSettings, seed: int) -> TiedSequences:
+    """A real item, then what the linear model expects at each position of a real sequence."""
+    labelled = linear_start(replace(task, readings=1), sequences, seed, settings, window=task.sequence_length)
+    f = labelled.features(task.embeddings).cpu()
+    z = torch.cat([ALIKE * f[labelled.items[:, :1]], labelled.labels], 1)
+    bonus = torch.zeros(z.shape[:2])
+    bonus[:, 0] = settings.bonus
+    kept = {name: getattr(labelled, name) for name in ("items", "mask", "targets", "adapter", "alike")}
+    return TiedSequences(**kept, queries=z[:, :-1], bonus=bonus[:, :-1], end_queries=z[:, -1], end_bonus=bonus[:, -1])
 
-    reads_teacher = False
+
+STARTS = {"linear": expected_start, "real": real_start}
+
+
+class TiedSynthesizer(FreeSynthesizer):
+    """The learnable z and β of all positions; every anchor stays in every item subset, as input and as target."""
 
     def __init__(self, start: TiedSequences, embeddings: Tensor, settings: FosterSettings):
         self.start, self.settings = start, settings
@@ -123,8 +151,11 @@ class TiedSynthesizer(Synthesizer):
         return drawn.including(self.start.wanted())
 
     def batch(self, subset: Subset, generator: np.random.Generator | None = None) -> SyntheticBatch:
-        """S over the subset, differentiable; without a teacher, it does not know which items are alike."""
-        return self.learned(self.z, self.beta).batch(subset, self.f)
+        now = self.learned(self.z, self.beta)
+        batch = now.batch(subset, self.f)
+        if generator is None or not self.settings.inner_likeness or now.alike is None:
+            return batch
+        return replace(batch, likeness=now.likeness(subset, self.f, generator, self.settings.inner_likeness))
 
     def learned(self, z: list[Tensor], beta: list[Tensor]) -> TiedSequences:
         return replace(self.start, queries=z[0], end_queries=z[1], bonus=beta[0], end_bonus=beta[1])
@@ -134,7 +165,7 @@ class TiedSynthesizer(Synthesizer):
 
 
 def foster_tied(task: Task, sequences: int, seed: int, progress: str = "", **parameters) -> TiedSequences:
-    """The method as Table 2 calls it; parameters are those of `FosterSettings`."""
-    settings = FosterSettings(**parameters)
-    start = start_sequences(task, sequences, settings, seed)
-    return distill(task, start, settings, seed=seed, progress=progress, synthesizer=TiedSynthesizer)[0]
+    """The method as Table 2 calls it; parameters are those of `TiedSettings`."""
+    settings = TiedSettings(**parameters)
+    start, own = STARTS[settings.start](task, sequences, settings, seed), FreshTask.of(task)
+    return distill(own, start, settings, seed=seed, progress=progress, synthesizer=TiedSynthesizer)[0]

@@ -181,7 +181,7 @@ def test_as_many_windows_as_there_are_is_all_of_them(long, start):
 
 
 def test_sequences_that_are_tied_are_read_whole(task):
-    sequences = tied.start_sequences(task, 4, FosterSettings(), seed=0)
+    sequences = tied.real_start(task, 4, tied.TiedSettings(), seed=0)
     batch = SyntheticData(sequences, task.embeddings, count=1, length=task.length).draw(np.random.default_rng(0))
     assert len(batch.mask) == 4
 

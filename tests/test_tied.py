@@ -9,20 +9,28 @@ import pytest
 import torch
 
 from foster_lib.errors import FosterError
-from foster_lib.foster import FosterSettings
+from foster_lib.linear_labels import LinearSettings, linear_start
 from foster_lib.penalty import gap_gradient
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import Subset, real_loss, sample_subset, synthetic_loss
 from foster_lib.synthetic_data import SyntheticData
-from foster_lib.tied import TiedSequences, TiedSynthesizer, foster_tied, start_sequences
+from foster_lib.tied import (
+    STARTS,
+    TiedSequences,
+    TiedSettings,
+    TiedSynthesizer,
+    expected_start,
+    foster_tied,
+    real_start,
+)
 from foster_lib.training import make_batch
 
-FAST = FosterSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3)
+FAST = TiedSettings(iterations=6, subset=20, windows=4, pool=2, inner_steps=2, reset_every=3)
 
 
 @pytest.fixture
 def start(task) -> TiedSequences:
-    return start_sequences(task, 3, FAST, seed=0)
+    return real_start(task, 3, FAST, seed=0)
 
 
 @pytest.fixture
@@ -36,12 +44,34 @@ def learned(task, start) -> TiedSequences:
     return replace(start, **moved)
 
 
-def test_the_start_is_nearly_the_real_sequences(task, start):
+def test_the_real_start_is_nearly_the_real_sequences(task, start):
     chosen = cluster_medoids(task, 3, 0)
     assert torch.equal(start.items, chosen.items) and torch.equal(start.targets, chosen.targets)
     p, y = start.input_probabilities(task.embeddings), start.target_probabilities(task.embeddings)
     assert (p.argmax(-1) == chosen.items)[chosen.mask].all() and (y.argmax(-1) == chosen.targets)[chosen.mask].all()
     assert (p.max(-1).values > 0.9).all() and (y.max(-1).values[chosen.mask] > 0.9).all()
+
+
+def test_the_other_start_is_what_the_linear_model_expects(task):
+    """After a real item each mixture is the label of the position before it, as `linear_start` has it."""
+    start = expected_start(task, 3, FAST, seed=0)
+    labelled = linear_start(task, 3, 0, LinearSettings())
+    expected = labelled.target_probabilities(task.embeddings)
+    assert start.mask.all() and torch.equal(start.items, labelled.items)
+    torch.testing.assert_close(start.target_probabilities(task.embeddings), expected)
+    p = start.input_probabilities(task.embeddings)
+    torch.testing.assert_close(p[:, 1:], expected[:, :-1])
+    assert (p[:, 0].argmax(-1) == labelled.items[:, 0]).all() and (p[:, 0].max(-1).values > 0.9).all()
+
+
+def test_phi_heeds_the_likeness_that_came_with_the_labels(task):
+    synthetic = TiedSynthesizer(
+        expected_start(task, 3, FAST, seed=0), task.embeddings, replace(FAST, inner_likeness=0.5)
+    )
+    subset = synthetic.draw(np.random.default_rng(0))
+    known = synthetic.batch(subset, np.random.default_rng(0)).likeness
+    assert known.weight == 0.5 and synthetic.batch(subset).likeness is None
+    assert torch.equal(synthetic.result().alike, synthetic.start.alike)
 
 
 def test_targets_are_the_next_inputs(task, learned):
@@ -111,16 +141,21 @@ def test_real_loss_without_a_teacher_is_the_next_item_cross_entropy(task):
     torch.testing.assert_close(real_loss(model, real, everything, None), expected)
 
 
-def test_distilling_reads_no_teacher_and_repeats(task):
-    (alone := replace(task)).__dict__["trajectory"] = task.trajectory
-    object.__setattr__(alone, "trajectory_folder", None)  # the teacher's weights cannot be found any more
+@pytest.mark.parametrize("kind", ["linear", "real"])
+def test_distilling_reads_no_full_data_model_and_repeats(task, kind):
+    alone = replace(task, trajectory_folder=None)
     parameters = {name: getattr(FAST, name) for name in ("iterations", "subset", "windows", "pool", "inner_steps")}
-    first, second = (foster_tied(alone, 3, 0, **parameters) for _ in range(2))
+    first, second = (foster_tied(alone, 3, 0, start=kind, **parameters) for _ in range(2))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name])
-    start = start_sequences(alone, 3, FAST, 0)
+    start = STARTS[kind](alone, 3, FAST, 0)
     assert not torch.equal(first.queries, start.queries) and not torch.equal(first.end_queries, start.end_queries)
-    assert not torch.equal(first.queries, foster_tied(alone, 3, 1, **parameters).queries)
+    assert not torch.equal(first.queries, foster_tied(alone, 3, 1, start=kind, **parameters).queries)
+
+
+def test_a_start_that_does_not_exist_ends_in_a_sentence(task):
+    with pytest.raises(FosterError, match="start of tied sequences.*linear"):
+        foster_tied(task, 3, 0, start="linaer")
 
 
 def test_the_gradient_goes_through_both_roles(task, learned):
