@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foster_lib.condense import BITS, divergence, drawn
+from foster_lib.condense import BITS, _optimizer, divergence, drawn
 from foster_lib.coresets import ALIKE
 from foster_lib.evaluation import Scorer
 from foster_lib.importance import ImportanceSampler
 from foster_lib.linear import ease
-from foster_lib.optimizers import MuonAdamW
 from foster_lib.sasrec import adapt
 from foster_lib.selection import cluster_medoids
 from foster_lib.synthetic import ORDERS, SyntheticSequences
@@ -34,9 +33,6 @@ from foster_lib.training import warmup_cosine
 
 STEPS, LABELS, ITEMS, SHARE = 600, 1000, 2048, 0.5
 """Steps of the fit; labels and items that one step looks at; share of the items' draws that go where labels are."""
-
-MATRIX_RATE, VECTOR_RATE, QUERY_RATE = 0.03, 3e-3, 0.1
-"""Learning rates as in `condense`."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def fitted(
         mass = sum(part.softmax(-1).sum(0) for part in exact.split(1000))
         z = nearest(exact, adapt(embeddings, adapter).cpu()).to(device).requires_grad_()
     sampler, generator = ImportanceSampler(mass, ITEMS, SHARE), np.random.default_rng(seed)
-    optimizer = _optimizer(adapter, z)
+    optimizer = _optimizer(adapter, {"z": z})  # at the learning rates of `condense`
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["full_rate"] * warmup_cosine((step + 0.5) / steps, 0.03)
@@ -157,14 +153,3 @@ def nearest(logits: Tensor, f: Tensor) -> Tensor:
     solved = torch.linalg.solve(f.T @ f + 1e-2 * torch.eye(f.shape[1], dtype=f.dtype), f.T)
     parts = [(part.double() - part.double().mean(1, keepdim=True)) @ solved.T for part in logits.split(1000)]
     return torch.cat(parts).float()
-
-
-def _optimizer(adapter: dict[str, Tensor], z: Tensor) -> MuonAdamW:
-    def group(tensors: list[Tensor], rate: float) -> dict:
-        return {"params": tensors, "lr": rate, "full_rate": rate, "weight_decay": 0.0}
-
-    matrices = [tensor for tensor in adapter.values() if tensor.dim() == 2]
-    vectors = [tensor for tensor in adapter.values() if tensor.dim() < 2]
-    return MuonAdamW(
-        [group(matrices, MATRIX_RATE)], [group(vectors, VECTOR_RATE), group([z], QUERY_RATE)], momentum=0.95
-    )

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from foster_lib.evaluation import METRICS
-from foster_lib.methods import METHODS, get_method
+from foster_lib.methods import METHODS, defaults, get_method
 from foster_lib.paths import results_dir, write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
@@ -22,6 +22,8 @@ COLUMNS += ["ratio_to_full", "recovered_gain"]
 HEADLINE = ("ndcg@10", "recall@10")
 OF_THIS_MACHINE = ("quick", "smoke")
 """Profiles whose tables lie in a folder of their own: they must not take the place of the published ones."""
+STEPS = ("outer_steps", "iterations")
+"""What methods call the number of their steps on S."""
 
 
 def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
@@ -149,7 +151,7 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             f"Mean ± standard deviation over seeds{once_note(own)}. *gain*: (method − untrained) / (full − untrained). "
             "*FOSTER minus it*: difference in NDCG@10 with its 95 % interval by paired bootstrap over users, "
             "seeds averaged; * where the interval excludes 0. *Distil s*, *Train s*: one thread; "
-            f"*Distil s* is on top of {teachers_note(own)} KD and FOSTER read.",
+            f"*Distil s* is on top of {teachers_note(own)} KD and FOSTER read.{steps_note(own)}",
             "",
             "Hardware: " + "; ".join(sorted({f"{m['hardware']} ({m['device']})" for m in chosen})) + ".",
             "",
@@ -178,6 +180,18 @@ def once_note(runs: list[Run]) -> str:
         seeded.get(run.method, set()).add(run.seed)
     counts = {len(seeds) for seeds in seeded.values()}
     return "; where none is shown, one seed and one student" if 1 in counts and len(counts) > 1 else ""
+
+
+def steps_note(runs: list[Run]) -> str:
+    """How many steps each distillation takes."""
+    steps = {}
+    for run in runs:
+        known = {**defaults(run.method), **run.parameters}
+        name = next((name for name in STEPS if name in known), "")
+        if name and get_method(run.method).condenses:
+            steps[get_method(run.method).title] = known[name]
+    listed = ", ".join(f"{title} {count:,}" for title, count in steps.items())
+    return f" Steps on S: {listed}." if steps else ""
 
 
 def table2_figure(long: pd.DataFrame) -> plt.Figure:

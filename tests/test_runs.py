@@ -79,6 +79,8 @@ def test_every_row_of_table_2_runs_and_makes_its_table(settings, tmp_path):
         assert ("where none is shown, one seed and one student" in text) == said
     text = (tmp_path / "table2" / "table2.md").read_text()
     assert "FOSTER" in text and "cores (cpu)" in text
+    for method, steps in (("td3", 2), ("trajectory-matching", 1), ("foster-free", 2)):
+        assert f"{METHODS[method].title} {steps}" in text[text.index("Steps on S:") :]
     for suffix in ("tex", "png", "pdf"):
         assert (tmp_path / "table2" / f"table2.{suffix}").stat().st_size > 500
 
