@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foster_lib import adjoint
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.foster import distill
@@ -25,6 +26,7 @@ from foster_lib.linear_labels import (
     nearest,
 )
 from foster_lib.methods import get_method
+from foster_lib.runs import Run
 from foster_lib.selection import cluster_medoids
 from foster_lib.subsets import synthetic_loss
 from foster_lib.synthetic_data import SyntheticData
@@ -146,8 +148,6 @@ def test_distilling_without_full_data_training_repeats(alone):
 
 def test_real_next_items_are_judged(alone, monkeypatch):
     """L_real gets no teacher, and its subset holds the targets."""
-    import foster_lib.adjoint as adjoint
-
     seen, plain = [], adjoint.real_loss
 
     def watched(model, windows, subset, teacher, *more):
@@ -169,8 +169,6 @@ def test_resets_to_checkpoints_are_refused(task, wrong):
 
 @pytest.mark.parametrize("name", ["kd-linear", "foster-free", "foster-tied"])
 def test_their_rows_ask_for_no_full_data_run(settings, name):
-    from foster_lib.runs import Run
-
     run = Run(settings, name, 0)
     assert not run.teachers and not get_method(name).needs_teacher
     described = run.description()
