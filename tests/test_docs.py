@@ -1,4 +1,4 @@
-"""What the two pages of documentation show is true: the method in one file runs, the options of the commands exist."""
+"""What the documentation shows is true: the method in one file runs, options exist, no module is left out."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def test_commands_have_the_options_that_are_shown(page):
     assert page != "docs/your_own_data.md" or {name for name, _ in shown} == set(known)
     for name, rest in shown:
         assert set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)) <= known[name] | {"--help"}, (name, rest)
+
+
+def test_every_module_has_its_place_in_the_reading_order():
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`(\w+)/?`", "".join(line.split("|")[1] for line in text.splitlines() if "|" in line)))
+    package = ROOT / "foster_lib"
+    modules = {path.stem for path in package.glob("*.py") if not path.stem.startswith("__")}
+    folders = {path.parent.name for path in package.glob("*/*") if not path.parent.name.startswith("__")}
+    assert listed == modules | folders
