@@ -1,8 +1,8 @@
 """Gradient and trajectory matching: two other objectives for FOSTER's sequences.
 
 Both, and `distribution_matching`, learn the tensors of `foster.Synthesizer` (soft inputs and soft
-targets over an item subset) from the same start, KD-n's sequences and labels, so that a comparison
-is one of objectives. θ is a recommender, θ*_t the t-th checkpoint of full-data training.
+targets over an item subset) from the same start, the row `kd-start`, so that a comparison is one of
+objectives. θ is a recommender, θ*_t the t-th checkpoint of full-data training.
 
     gradient      Σ_layers 1 − cos(∇_θ L_real(θ), ∇_θ L_syn(θ; S))         DC, Zhao et al. 2021
     trajectory    ‖θ_N(S) − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²                 MTT, Cazenavette et al. 2022
@@ -25,6 +25,7 @@ from foster_lib.errors import FosterError, check_known
 from foster_lib.foster import FosterSettings, Synthesizer
 from foster_lib.learners import Learner
 from foster_lib.sasrec import SASRec
+from foster_lib.starts import kd_start
 from foster_lib.subsets import FeatureBank, Subset, SyntheticBatch, logits, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
@@ -42,12 +43,12 @@ Objective = Callable[[Synthesizer, np.random.Generator], Tensor]
 def start_sequences(task: Task, sequences: int, seed: int, start: str) -> SyntheticSequences:
     """What the synthetic tensors are at step 0.
 
-    "teacher": KD-n, as FOSTER starts. "real": n real sequences drawn at random, each label a
+    "teacher": where FOSTER starts. "real": n real sequences drawn at random, each label a
     softmax at the untrained model's own sharpness around the real next item; no teacher.
     """
     check_known(start, STARTS, "start")
     if start == "teacher":
-        return coresets.kd(task, sequences, seed)
+        return kd_start(task, sequences, seed)
     chosen, fresh = coresets.random(task, sequences, seed), task.new_model(seed).requires_grad_(False)
     f = fresh.features()[chosen.targets.to(task.device)]
     return replace(chosen, adapter=fresh.adapter_weights(), labels=(fresh.log_scale.exp() * f).cpu())

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from foster_lib.evaluation import METRICS
 from foster_lib.methods import METHODS, defaults, get_method
@@ -24,6 +25,7 @@ OF_THIS_MACHINE = ("quick", "smoke")
 """Profiles whose tables lie in a folder of their own: they must not take the place of the published ones."""
 STEPS = ("outer_steps", "iterations")
 """What methods call the number of their steps on S."""
+ERROR_BARS = {"lw": 1, "capsize": 2}
 
 
 def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
@@ -128,7 +130,7 @@ def table2_folder(profile: str, split: str = "leave-one-out") -> Path:
 
 
 def write_table2(runs: list[Run], folder: Path) -> Path:
-    """Write table2.csv, .md, .tex, .png and .pdf of finished runs; returns the Markdown's path."""
+    """Write table2.csv, .md, .tex, table2 and overview .png and .pdf of finished runs; returns the Markdown's path."""
     manifests = {run.path: run.manifest() for run in runs}
     long = long_table(manifests.values())
     write_atomically(folder / "table2.csv", lambda path: long.to_csv(path, index=False, float_format="%.6g"))
@@ -158,12 +160,12 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
         ]
         latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", latex_table(table), ""]
     write_text(folder / "table2.tex", "\n".join(latex))
-    figure = table2_figure(long)
-    for suffix in ("png", "pdf"):
-        write_atomically(
-            folder / f"table2.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=undated(suffix))
-        )
-    plt.close(figure)
+    for name, figure in (("table2", table2_figure(long)), ("overview", overview_figure(long))):
+        for suffix in ("png", "pdf"):
+            write_atomically(
+                folder / f"{name}.{suffix}", lambda path: figure.savefig(path, dpi=160, metadata=undated(suffix))
+            )
+        plt.close(figure)
     return write_text(folder / "table2.md", "\n".join(markdown))
 
 
@@ -212,15 +214,45 @@ def table2_figure(long: pd.DataFrame) -> plt.Figure:
         for axis, metric in zip(row, HEADLINE):
             part = long[(long["dataset"] == dataset) & (long["metric"] == metric)]
             place = np.arange(len(part))[::-1]
-            colours = [
-                "C1" if method == "foster" else "C0" if method == "full" else "0.55" for method in part["method"]
-            ]
-            axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=colours, error_kw={"lw": 1, "capsize": 2})
+            colours = _colours(part["method"])
+            axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=colours, error_kw=ERROR_BARS)
             axis.set_yticks(place, [get_method(method).title for method in part["method"]])
             for reference in part.loc[part["method"] == "full", "mean"]:
                 axis.axvline(reference, color="C0", ls="--", lw=1)
             axis.set_xlabel(f"{metric.upper().replace('RECALL', 'Recall')}, test ({dataset})")
     return figure
+
+
+def overview_figure(long: pd.DataFrame) -> plt.Figure:
+    """NDCG@10 of the rows that all data sets have, a panel each, with the spread over seeds; full data as a line."""
+    use_style()
+    ndcg = long[long["metric"] == "ndcg@10"]
+    datasets = list(dict.fromkeys(ndcg["dataset"]))
+    shared = [
+        m for m in dict.fromkeys(ndcg["method"]) if ndcg.loc[ndcg["method"] == m, "dataset"].nunique() == len(datasets)
+    ]
+    figure, axes = plt.subplots(
+        1,
+        len(datasets),
+        figsize=(2.4 + 1.9 * len(datasets), 0.9 + 0.26 * len(shared)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    place = np.arange(len(shared))[::-1]
+    for dataset, axis in zip(datasets, axes[0]):
+        part = ndcg[ndcg["dataset"] == dataset].set_index("method").loc[shared]
+        axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=_colours(shared), error_kw=ERROR_BARS)
+        for reference in part.loc[part.index == "full", "mean"]:
+            axis.axvline(reference, color="C0", ls="--", lw=1)
+        axis.set(title=dataset, xlabel="NDCG@10, test")
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+    axes[0, 0].set_yticks(place, [get_method(method).title for method in shared])
+    return figure
+
+
+def _colours(methods: Iterable[str]) -> list[str]:
+    return ["C1" if method == "foster" else "C0" if method == "full" else "0.55" for method in methods]
 
 
 def use_style() -> None:

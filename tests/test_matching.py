@@ -24,6 +24,7 @@ from foster_lib.matching import (
     trajectory_matching,
     unroll,
 )
+from foster_lib.starts import kd_start
 from foster_lib.subsets import Subset, SyntheticBatch, real_loss, sample_subset, synthetic_loss
 from foster_lib.synthetic import SyntheticSequences
 from foster_lib.training import make_batch, soft_cross_entropy
@@ -151,7 +152,7 @@ def test_distribution_distance_is_zero_for_the_same_windows(task):
 
 def test_without_joint_means_labels_stay(task):
     """Mean hidden states depend on inputs alone."""
-    start = coresets.kd(task, 3, seed=0)
+    start = kd_start(task, 3, seed=0)
     result = distribution_matching(task, 3, 0, conditional=0.0, **METHODS[distribution_matching])
     assert torch.equal(result.labels, start.labels)
     both = distribution_matching(task, 3, 0, **METHODS[distribution_matching])
@@ -231,7 +232,7 @@ def test_each_objective_falls(task, kind):
 
     _, losses = descend(
         task,
-        coresets.kd(task, 3, seed=0),
+        kd_start(task, 3, seed=0),
         objective,
         iterations=40,
         seed=0,
@@ -243,7 +244,7 @@ def test_each_objective_falls(task, kind):
 def test_the_learned_step_size_moves(task):
     """What is learned beside S follows its own gradient."""
     beside = torch.tensor(1.0).requires_grad_()
-    start = coresets.kd(task, 3, seed=0)
+    start = kd_start(task, 3, seed=0)
     descend(
         task,
         start,
@@ -257,9 +258,12 @@ def test_the_learned_step_size_moves(task):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
-def test_methods_start_at_kd_and_are_reproducible(task, method):
-    """Anchors and positions are KD's, the result follows the seed alone."""
-    start = coresets.kd(task, 3, seed=0)
+def test_methods_start_where_foster_does_and_are_reproducible(task, method):
+    """Anchors and positions are those of FOSTER's start, with a history in each of two windows; the result follows the
+    seed alone.
+    """
+    task = replace(task, synthetic_length=2 * task.length)
+    start = kd_start(task, 3, seed=0)
     torch.manual_seed(0)
     first = method(task, sequences=3, seed=0, **METHODS[method])
     torch.manual_seed(1)

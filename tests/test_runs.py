@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +25,7 @@ from foster_lib.paths import write_atomically
 from foster_lib.records import code_fingerprint
 from foster_lib.runs import Run, plan, train_full_run, trajectory_folder
 from foster_lib.synthetic import SyntheticSequences
-from foster_lib.tables import COLUMNS, long_table, write_table2
+from foster_lib.tables import COLUMNS, long_table, overview_figure, write_table2
 from foster_lib.training import TrainSettings
 
 QUICK = {
@@ -81,8 +82,20 @@ def test_every_row_of_table_2_runs_and_makes_its_table(settings, tmp_path):
     assert "FOSTER" in text and "cores (cpu)" in text
     for method, steps in (("td3", 2), ("trajectory-matching", 1), ("foster-free", 2)):
         assert f"{METHODS[method].title} {steps}" in text[text.index("Steps on S:") :]
-    for suffix in ("tex", "png", "pdf"):
-        assert (tmp_path / "table2" / f"table2.{suffix}").stat().st_size > 500
+    for name in ("table2.tex", "table2.png", "table2.pdf", "overview.png", "overview.pdf"):
+        assert (tmp_path / "table2" / name).stat().st_size > 500
+
+
+def test_the_overview_has_the_rows_that_all_data_sets_have():
+    rows = [("toys", "full", 0.2), ("toys", "random", 0.1), ("books", "full", 0.4), ("books", "random", 0.3)]
+    rows += [("books", "linear", 0.25)]
+    long = pd.DataFrame(rows, columns=["dataset", "method", "mean"]).assign(metric="ndcg@10", std=0.0)
+    figure = overview_figure(long)
+    toys, books = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["toys", "books"]
+    assert [label.get_text() for label in toys.get_yticklabels()] == [METHODS[m].title for m in ("full", "random")]
+    assert [[bar.get_width() for bar in axis.patches] for axis in (toys, books)] == [[0.2, 0.1], [0.4, 0.3]]
+    plt.close(figure)
 
 
 def test_finished_runs_are_reused_and_damaged_ones_made_again(settings):
