@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from foster_lib import dconrec
 from foster_lib.dconrec import Interactions, augment, candidates, condense, most_probable, policy_gradient, project
 from foster_lib.errors import FosterError
+from foster_lib.methods import check_parameters
 from foster_lib.training import make_batch
 
 FAST = {"iterations": 4, "masks": 2, "windows": 8, "pool": 2.0, "added": 2, "batch_size": 8}
@@ -122,6 +123,9 @@ def test_augmentation_adds_what_the_proxy_rates_highest(task):
     assert set(items[added].tolist()) == set(expected)
     for place in np.flatnonzero(added):
         assert (~added[:place]).sum() == best[int(items[place])][1] + 1
+    items, added = augment(task.teacher, piece, 0)
+    assert items.tolist() == piece.tolist() and not added.any()
+    check_parameters("dconrec", {"added": 0})
 
 
 def test_candidates_fill_the_pool_and_keep_tail_users_within_their_share(task):
