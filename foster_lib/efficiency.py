@@ -32,7 +32,7 @@ from foster_lib.methods import defaults, get_method
 from foster_lib.paths import write_text
 from foster_lib.recipes import train_student
 from foster_lib.records import code_fingerprint, content_key, environment
-from foster_lib.runs import Run, make_task, plan, train_full_run, trained
+from foster_lib.runs import Run, load_once, make_task, plan, train_full_run, trained
 from foster_lib.scaling import UntrainedTask
 from foster_lib.starts import start_sequences
 from foster_lib.studies import smoke_settings, study_folder
@@ -40,11 +40,10 @@ from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
 COMPARED = ("foster", "td3", "farzi", "gradient-matching", "trajectory-matching", "dconrec")
-WHOLE_CATALOGUE = ("td3", "farzi")
-"""Embed all items in every step, as in their papers; they can also draw a subset."""
-
-SUBSETS = (128, 256)
-"""Sizes at which these are measured where all items would not fit; both grow linearly with the items."""
+PARTS = {"td3": ("subset", (128, 256)), "farzi": ("subset", (128, 256)), "trajectory-matching": ("steps", (1, 2))}
+"""A parameter that a step of a method grows linearly with, and two values to measure it at where a whole step would not
+fit into memory: the items of TD3 and Farzi, which embed all of them as in their papers, and the student's steps that
+trajectory matching unrolls, each with a graph of its own that is kept until the end."""
 
 COSTS = ("step_seconds", "step_mib", "setup_mib", "gigaflop")
 """What is measured of a step, in this order in the table."""
@@ -92,20 +91,30 @@ def with_parameters(run: Run, **parameters) -> Run:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs. steps : timed; items : of the catalogue that a method reads which otherwise reads all."""
+    """What a step costs. steps : timed; part : value of the method's parameter in `PARTS`, 0: as the run has it."""
 
     run: Run
     steps: int = 10
-    items: int = 0
+    part: int = 0
 
     @property
     def path(self) -> Path:
-        return _path(self.run, "step", self.steps, self.items)
+        return _path(self.run, "step", self.steps, self.part)
+
+    @property
+    def whole(self) -> int:
+        """What `part` is a part of: the items of the catalogue, or the steps that the run unrolls; 0 without one."""
+        if not self.part:
+            return 0
+        name = PARTS[self.run.method][0]
+        if name == "subset":
+            return load_once(self.run.settings.dataset).n_items
+        return self.run.parameters.get(name, defaults(self.run.method)[name])
 
     def measure(self, device: str, progress: bool) -> dict[str, Any]:
         """Median seconds of a step, its memory and operations; the memory of what comes before the first."""
         run = with_parameters(self.run, **{steps_of(self.run)[0]: self.steps + 4})
-        run = with_parameters(run, subset=self.items) if self.items else run
+        run = with_parameters(run, **{PARTS[run.method][0]: self.part}) if self.part else run
         task, probe = _task(run, device, progress), StepProbe(device)
         distil(run, task, lambda step, _: probe(step), _label(run, "cost of a step") if progress else "")
         return {
@@ -174,7 +183,8 @@ def measurements(
     tuned: bool = True,
 ) -> list[StepCost | Course]:
     """All that Table 3 is made of: for each data set and method a step, a course, and a step that tunes the encoder's
-    last layer. DConRec is left out of the last: it embeds the whole catalogue some hundred times in a step.
+    last layer, or two in part. DConRec is left out of the last: it embeds the whole catalogue some hundred times in a
+    step.
     """
     found: list[StepCost | Course] = []
     for dataset in datasets:
@@ -184,8 +194,8 @@ def measurements(
             run = replace(run, settings=smoke_settings(run.settings, profile))
             learns = replace(run, settings=replace(run.settings, encoder=replace(run.settings.encoder, tuned_layers=1)))
             found += [StepCost(run, steps), Course(run, steps, marks, limit)]
-            if tuned and run.method in WHOLE_CATALOGUE:
-                found += [StepCost(learns, 2, items) for items in SUBSETS]
+            if tuned and run.method in PARTS:
+                found += [StepCost(learns, 2, part) for part in PARTS[run.method][1]]
             elif tuned and run.method != "dconrec":
                 found.append(StepCost(learns, 2))
     return found
@@ -202,8 +212,8 @@ def measure(wanted: list[StepCost | Course], device: str = "cpu", progress: bool
                 "method": each.run.method,
                 "seed": each.run.seed,
                 "tuned_layers": each.run.settings.encoder.tuned_layers,
-                "items": getattr(each, "items", 0),
-                "catalogue": make_task(each.run, device).n_items,
+                "part": getattr(each, "part", 0),
+                "whole": getattr(each, "whole", 0),
                 **each.measure(device, progress),
                 **environment(device),
             }

@@ -8,12 +8,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from foster_lib.efficiency import COSTS, SUBSETS, Course, StepCost, read_measurement
+from foster_lib.efficiency import COSTS, PARTS, Course, StepCost, read_measurement
 from foster_lib.methods import get_method
 from foster_lib.paths import write_atomically, write_text
 from foster_lib.study_tables import number, save_figure
 from foster_lib.tables import latex_table, use_style
 
+ITEMS, UNROLLED = (" and ".join(map(str, PARTS[method][1])) for method in ("td3", "trajectory-matching"))
 NOTES = (
     "*Step s*: median seconds of a step on one thread. *Step MiB*: the most bytes that tensors of one step take at "
     "once, what is there before it aside. *GFLOP*: matrix products of a step. *times FOSTER*: the same, divided by "
@@ -21,22 +22,22 @@ NOTES = (
     "many fitted into the time limit. *Distil s*: seconds of these, set-up included. *End*, *Best*: NDCG@10 on "
     "validation of a student on what there is then; *s to best*: seconds of distilling until the best of the moments "
     "looked at. All on top of full-data training, which every row here reads. "
-    f"† measured with subsets of {' and '.join(map(str, SUBSETS))} items and continued linearly to the whole "
-    "catalogue, which the method embeds in each step and which would not fit into memory."
+    "† would not fit into memory: measured in part and continued linearly. TD3 and Farzi embed the whole catalogue in "
+    f"each step: with {ITEMS} of its items; trajectory matching keeps a graph of each step of the student that it "
+    f"unrolls: with {UNROLLED} of them."
 )
 
 
 def efficiency_table(wanted: list[StepCost | Course]) -> pd.DataFrame:
     """One row per data set, state of the encoder and method, from the measurements that are there.
 
-    Columns: `step_seconds`, `step_mib`, `setup_mib`, `gigaflop` of a step; `projected`: whether these were measured at
-    `SUBSETS` and continued linearly to the whole catalogue; `steps`, `planned_steps`, `distil_seconds`, `best`, `end`
+    Columns: `step_seconds`, `step_mib`, `setup_mib`, `gigaflop` of a step; `projected`: whether these were measured in
+    part (`PARTS`) and continued linearly to the whole; `steps`, `planned_steps`, `distil_seconds`, `best`, `end`
     and `seconds_to_best` of the course; `memory_ratio` and `time_ratio`: the step's memory and seconds divided by
     FOSTER's.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     partly: dict[tuple, dict[int, dict[str, Any]]] = {}
-    catalogues: dict[str, int] = {}
     for each in wanted:
         record = read_measurement(each.path)
         if record is None:
@@ -48,17 +49,15 @@ def efficiency_table(wanted: list[StepCost | Course]) -> pd.DataFrame:
             row |= {"steps": record["steps"], "planned_steps": record["planned_steps"]}
             row |= {"distil_seconds": last["seconds"], "best": best["ndcg@10"], "end": last["ndcg@10"]}
             row |= {"seconds_to_best": best["seconds"]}
-        elif each.items:
-            partly.setdefault(key, {})[each.items] = record
-            catalogues[record["dataset"]] = record["catalogue"]
+        elif each.part:
+            partly.setdefault(key, {})[each.part] = record
         else:
             row |= {name: record[name] for name in COSTS}
     for key, found in partly.items():
-        if len(found) == len(SUBSETS):
-            whole = {
-                name: projected({n: record[name] for n, record in found.items()}, catalogues[key[0]]) for name in COSTS
-            }
-            rows[key] |= whole | {"projected": True}
+        if len(found) == len(PARTS[key[2]][1]):
+            whole = next(iter(found.values()))["whole"]
+            costs = {name: projected({n: record[name] for n, record in found.items()}, whole) for name in COSTS}
+            rows[key] |= costs | {"projected": True}
     if not rows:
         return pd.DataFrame()
     table = pd.DataFrame(list(rows.values())).sort_values(["dataset", "tuned_layers"], kind="stable")
@@ -68,10 +67,10 @@ def efficiency_table(wanted: list[StepCost | Course]) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def projected(found: dict[int, float], items: int) -> float:
-    """The line through two measurements, by number of items, at another number."""
+def projected(found: dict[int, float], whole: int) -> float:
+    """The line through two measurements, by the parts that they are of, at the whole."""
     (low, at_low), (high, at_high) = sorted(found.items())
-    return at_low + (at_high - at_low) / (high - low) * (items - low)
+    return at_low + (at_high - at_low) / (high - low) * (whole - low)
 
 
 def write_efficiency(wanted: list[StepCost | Course], folder: Path) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foster_lib import efficiency, efficiency_tables
+from foster_lib import efficiency
 from foster_lib.efficiency import COMPARED, Course, StepCost, distil, measure, measurements, steps_of, with_parameters
 from foster_lib.efficiency_tables import efficiency_table, projected, write_efficiency
 from foster_lib.errors import FosterError
@@ -64,15 +64,15 @@ def records(settings, monkeypatch, tmp_path):
     """Measurements of made-up costs in files of their own."""
     monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(Run, "key", property(lambda run: f"{run.method}{run.settings.encoder.tuned_layers}"))
-    base = {"dataset": "toy", "seed": 0, "catalogue": 1000, "hardware": "abacus", "device": "cpu"}
+    base = {"dataset": "toy", "seed": 0, "whole": 1000, "hardware": "abacus", "device": "cpu"}
     base["created"] = "2026-01-02T03:04:05"
     made = []
 
     def put(kind, method, tuned=0, **found):
         run = run_of(settings, method)
         run = replace(run, settings=replace(run.settings, encoder=replace(run.settings.encoder, tuned_layers=tuned)))
-        each = Course(run) if kind == "Course" else StepCost(run, items=found.get("items", 0))
-        record = {**base, "kind": kind, "method": method, "tuned_layers": tuned, "items": 0, **found}
+        each = Course(run) if kind == "Course" else StepCost(run, part=found.get("part", 0))
+        record = {**base, "kind": kind, "method": method, "tuned_layers": tuned, "part": 0, **found}
         each.path.parent.mkdir(parents=True, exist_ok=True)
         each.path.write_text(json.dumps(record))
         made.append(each)
@@ -88,8 +88,8 @@ def records(settings, monkeypatch, tmp_path):
     put("StepCost", "td3", **cost(2.0, 250.0))
     put("Course", "td3", steps=12, planned_steps=300, course=moments((2, 0.05), (24, 0.15)))
     put("StepCost", "foster", tuned=1, **cost(1.0, 100.0))
-    put("StepCost", "td3", tuned=1, **cost(2.0, 30.0), items=128)
-    put("StepCost", "td3", tuned=1, **cost(3.0, 50.0), items=256)
+    put("StepCost", "td3", tuned=1, **cost(2.0, 30.0), part=128)
+    put("StepCost", "td3", tuned=1, **cost(3.0, 50.0), part=256)
     return made
 
 
@@ -137,7 +137,7 @@ def test_what_is_measured_is_kept(settings, task, monkeypatch, tmp_path):
     wanted = [StepCost(run, 2), Course(run, 2, 3, 0.0)]
     measure(wanted, progress=False)
     record = json.loads(wanted[0].path.read_text())
-    assert record["step_mib"] > 0 and record["gigaflop"] > 0 and record["catalogue"] == task.n_items
+    assert record["step_mib"] > 0 and record["gigaflop"] > 0 and record["part"] == record["whole"] == 0
     course = json.loads(wanted[1].path.read_text())
     assert (course["steps"], course["planned_steps"]) == (3, 500)  # one for each student at least
     assert [moment["step"] for moment in course["course"]] == [1, 2, 3]
@@ -157,7 +157,7 @@ def test_a_course_without_its_step(settings, monkeypatch, tmp_path):
 
 
 def test_which_measurements_there_are(monkeypatch, settings):
-    """Methods that embed the whole catalogue are measured at two sizes where the encoder learns; DConRec is not."""
+    """Methods whose step would not fit are measured in two parts where the encoder learns; DConRec is not."""
     monkeypatch.setattr(
         efficiency,
         "plan",
@@ -167,12 +167,38 @@ def test_which_measurements_there_are(monkeypatch, settings):
     )
     wanted = measurements(SimpleNamespace(name="cpu"), ["toy"], list(COMPARED), 0)
     assert all(not each.run.student for each in wanted)
-    tuned = [(each.run.method, each.items) for each in wanted if each.run.settings.encoder.tuned_layers]
+    tuned = [(each.run.method, each.part) for each in wanted if each.run.settings.encoder.tuned_layers]
     assert ("td3", 128) in tuned and ("farzi", 256) in tuned and ("foster", 0) in tuned
+    assert [part for method, part in tuned if method == "trajectory-matching"] == [1, 2]
     assert "dconrec" not in dict(tuned)
     plain = measurements(SimpleNamespace(name="cpu"), ["toy"], ["td3"], 0, tuned=False)
     assert [type(each) for each in plain] == [StepCost, Course]
-    assert efficiency_tables.SUBSETS == efficiency.SUBSETS
+
+
+def test_a_part_and_its_whole(settings, task, monkeypatch):
+    """A part is a run with less of the method's parameter; the whole is the catalogue, or the unrolled steps."""
+    monkeypatch.setattr(efficiency, "load_once", {"toy": SimpleNamespace(n_items=40)}.get)
+    monkeypatch.setattr(efficiency, "_task", lambda *_: task)
+    seen, plain = [], efficiency.distil
+    monkeypatch.setattr(efficiency, "distil", lambda run, *rest: seen.append(run.parameters) or plain(run, *rest))
+    td3, matched = run_of(settings, "td3"), run_of(settings, "trajectory-matching", steps=8)
+    assert [StepCost(td3, part=12).whole, StepCost(matched, part=2).whole, StepCost(td3).whole] == [40, 8, 0]
+    default = replace(matched, settings=replace(matched.settings, methods={}))
+    assert StepCost(default, part=1).whole == 8
+    costs = [
+        each.measure("cpu", False) for each in (StepCost(td3, 2, 12), StepCost(matched, 2, 1), StepCost(matched, 2))
+    ]
+    assert [parameters.get("subset") for parameters in seen] == [12, 16, 16]
+    assert [parameters["steps"] for parameters in seen[1:]] == [1, 8]
+    assert costs[1]["gigaflop"] < costs[2]["gigaflop"] and costs[1]["step_mib"] < costs[2]["step_mib"]
+
+
+def test_trajectory_matching_grows_linearly_with_its_steps(settings, task, monkeypatch):
+    """Operations of one and two unrolled steps, continued to five, are those of five."""
+    monkeypatch.setattr(efficiency, "_task", lambda *_: task)
+    run = run_of(settings, "trajectory-matching", steps=5)
+    found = {part: StepCost(run, 2, part).measure("cpu", False)["gigaflop"] for part in (1, 2)}
+    assert projected(found, 5) == pytest.approx(StepCost(run, 2).measure("cpu", False)["gigaflop"], rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["foster", "td3", "trajectory-matching"])
