@@ -76,7 +76,7 @@ reproduce-table4: $(STAMP)  ## Table 4, FOSTER with one part changed (estimated 
 reproduce-table5: $(STAMP)  ## Table 5, other recommenders and encoders on the same sequences (about 40 min for 3 seeds, 2 cores)
 	@$(BIN)/python -m foster_lib.reproduce table5_transfer $(OPTIONS)
 
-reproduce-table6: $(STAMP)  ## Table 6, the baselines without their key ideas (not timed yet: hours; SEEDS=0: a third)
+reproduce-table6: $(STAMP)  ## Table 6, the baselines without their key ideas (1.7 h of one core for each seed; published: SEEDS=0)
 	@$(BIN)/python -m foster_lib.reproduce table6_key_ideas $(OPTIONS)
 
 reproduce-table7: $(STAMP)  ## Table 7, every way to make two sequences (estimated 3 h of one core for 3 seeds; SEEDS=0: a third)
