@@ -77,8 +77,11 @@ class Study:
 Planned = list[tuple[Variant, Run]]
 
 
-def load_study(name: str, profile: Profile) -> Study:
-    """Read a study; the profile `smoke` has values of its own. Unknown keys are errors."""
+def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
+    """Read a study; the profile `smoke` has values of its own. Unknown keys are errors.
+
+    sequences : in the place of those that the study, or the profile, has for all its rows; 0: these
+    """
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
     blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
@@ -108,7 +111,9 @@ def load_study(name: str, profile: Profile) -> Study:
     for variant in found:
         _check(variant.change, ("parameters", *changes), where)
         check_parameters(variant.method, variant.change.get("parameters", {}))
-    return Study(name, spec, found, {**spec["settings"], **(space["smoke"] if smoke else {})})
+    asked = {"sequences": sequences} if sequences else {}
+    spec["title"] = spec["title"].format(**{**spec["settings"], **asked})
+    return Study(name, spec, found, {**spec["settings"], **(space["smoke"] if smoke else {}), **asked})
 
 
 def smoke_settings(settings: Settings, profile: Profile) -> Settings:

@@ -245,6 +245,21 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_study_with_another_number_of_sequences(space, profile):
+    """All rows have it, in the profile `smoke` too, and the title names it."""
+    space(
+        {
+            **SPACE,
+            "studies": {"few": {**SPACE["studies"]["parts"], "title": "{sequences}", "settings": {"sequences": 2}}},
+        }
+    )
+    for chosen, asked, expected in ((profile, 0, 2), (profile, 5, 5), (replace(profile, name="smoke"), 5, 5)):
+        study = load_study("few", chosen, asked)
+        assert study.spec["title"] == str(expected)
+        runs = [run for _, run in study.runs(chosen, ["toy"], [0])]
+        assert len(runs) > 3 and {run.settings.sequences for run in runs} == {expected}
+
+
 def test_foster_is_compared_at_as_many_sequences(space, profile):
     """A row of four sequences with FOSTER's four, one of three with FOSTER's three, whatever the profile has."""
     sweep = {"axis": "n", "change": "sequences", "methods": ["foster", "kd"], "values": [3, 4], "smoke": [3]}
