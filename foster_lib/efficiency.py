@@ -40,7 +40,7 @@ from foster_lib.synthetic import SyntheticSequences
 from foster_lib.task import Task
 
 COMPARED = ("foster", "td3", "farzi", "gradient-matching", "trajectory-matching", "dconrec")
-PARTS = {"td3": ("subset", (128, 256)), "farzi": ("subset", (128, 256)), "trajectory-matching": ("steps", (2, 4))}
+PARTS = {"td3": ("subset", (128, 256)), "farzi": ("subset", (128, 256)), "trajectory-matching": ("steps", (2, 3))}
 """A parameter that a step of a method grows linearly with, and two values to measure it at where a whole step would not
 fit into memory: the items of TD3 and Farzi, which embed all of them as in their papers, and the student's steps that
 trajectory matching unrolls, each with a graph of its own that is kept until the end."""

@@ -169,7 +169,7 @@ def test_which_measurements_there_are(monkeypatch, settings):
     assert all(not each.run.student for each in wanted)
     tuned = [(each.run.method, each.part) for each in wanted if each.run.settings.encoder.tuned_layers]
     assert ("td3", 128) in tuned and ("farzi", 256) in tuned and ("foster", 0) in tuned
-    assert [part for method, part in tuned if method == "trajectory-matching"] == [2, 4]
+    assert [part for method, part in tuned if method == "trajectory-matching"] == [2, 3]
     assert "dconrec" not in dict(tuned)
     plain = measurements(SimpleNamespace(name="cpu"), ["toy"], ["td3"], 0, tuned=False)
     assert [type(each) for each in plain] == [StepCost, Course]
