@@ -86,6 +86,19 @@ def with_parameters(run: Run, **parameters) -> Run:
     return replace(run, settings=replace(run.settings, methods=methods))
 
 
+def with_part(run: Run, part: int) -> Run:
+    """The run with so much of its parameter in `PARTS`.
+
+    TD3 draws how many steps its student takes before the window that it unrolls: here the mean number, so that a few
+    timed steps tell what one costs.
+    """
+    run = with_parameters(run, **{PARTS[run.method][0]: part})
+    if run.method != "td3":
+        return run
+    window, most = ({**defaults("td3"), **run.parameters}[name] for name in ("window", "inner_steps"))
+    return with_parameters(run, random_window=False, inner_steps=window + (most - window) // 2)
+
+
 # ------------------------------------------------------------------------------ measurements
 
 
@@ -114,7 +127,7 @@ class StepCost:
     def measure(self, device: str, progress: bool) -> dict[str, Any]:
         """Median seconds of a step, its memory and operations; the memory of what comes before the first."""
         run = with_parameters(self.run, **{steps_of(self.run)[0]: self.steps + 4})
-        run = with_parameters(run, **{PARTS[run.method][0]: self.part}) if self.part else run
+        run = with_part(run, self.part) if self.part else run
         task, probe = _task(run, device, progress), StepProbe(device)
         distil(run, task, lambda step, _: probe(step), _label(run, "cost of a step") if progress else "")
         return {

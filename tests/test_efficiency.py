@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from foster_lib import efficiency
-from foster_lib.efficiency import COMPARED, Course, StepCost, distil, measure, measurements, steps_of, with_parameters
+from foster_lib.efficiency import (
+    COMPARED,
+    Course,
+    StepCost,
+    distil,
+    measure,
+    measurements,
+    steps_of,
+    with_parameters,
+    with_part,
+)
 from foster_lib.efficiency_tables import efficiency_table, projected, write_efficiency
 from foster_lib.errors import FosterError
 from foster_lib.methods import get_method
@@ -193,12 +203,27 @@ def test_a_part_and_its_whole(settings, task, monkeypatch):
     assert costs[1]["gigaflop"] < costs[2]["gigaflop"] and costs[1]["step_mib"] < costs[2]["step_mib"]
 
 
-def test_trajectory_matching_grows_linearly_with_its_steps(settings, task, monkeypatch):
-    """Operations of one and two unrolled steps, continued to five, are those of five."""
+@pytest.mark.parametrize(
+    ("method", "parameters", "parts", "whole", "error"),
+    [
+        ("trajectory-matching", {"steps": 5}, (2, 3), 5, 1e-3),
+        # The windows' own items are embedded besides: some are in the subset, others not.
+        ("td3", {"inner_steps": 6, "window": 2}, (8, 16), 24, 0.03),
+        ("farzi", {}, (8, 16), 24, 0.03),
+    ],
+)
+def test_what_is_measured_in_part_grows_linearly(settings, task, monkeypatch, method, parameters, parts, whole, error):
+    """Operations of two parts, continued to the whole, are those of the whole."""
     monkeypatch.setattr(efficiency, "_task", lambda *_: task)
-    run = run_of(settings, "trajectory-matching", steps=5)
-    found = {part: StepCost(run, 2, part).measure("cpu", False)["gigaflop"] for part in (1, 2)}
-    assert projected(found, 5) == pytest.approx(StepCost(run, 2).measure("cpu", False)["gigaflop"], rel=1e-3)
+    run = run_of(settings, method, **parameters)
+    found = {part: StepCost(run, 2, part).measure("cpu", False)["gigaflop"] for part in (*parts, whole)}
+    assert projected({part: found[part] for part in parts}, whole) == pytest.approx(found[whole], rel=error)
+
+
+def test_td3_in_part_takes_the_mean_number_of_steps(settings):
+    run = with_part(run_of(settings, "td3", inner_steps=40, window=8), 12)
+    assert (run.parameters["inner_steps"], run.parameters["random_window"], run.parameters["subset"]) == (24, False, 12)
+    assert "random_window" not in with_part(run_of(settings, "farzi"), 12).parameters
 
 
 @pytest.mark.parametrize("method", ["foster", "td3", "trajectory-matching"])
