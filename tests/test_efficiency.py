@@ -99,7 +99,7 @@ def records(settings, monkeypatch, tmp_path):
     put("Course", "td3", steps=12, planned_steps=300, course=moments((2, 0.05), (24, 0.15)))
     put("StepCost", "foster", tuned=1, **cost(1.0, 100.0))
     put("StepCost", "td3", tuned=1, **cost(2.0, 30.0), part=128)
-    put("StepCost", "td3", tuned=1, **cost(3.0, 50.0), part=256)
+    put("StepCost", "td3", tuned=1, **{**cost(3.0, 50.0), "step_seconds": 6.0}, part=256)
     return made
 
 
@@ -108,6 +108,9 @@ def test_the_table_of_known_costs(records, tmp_path):
     assert table.loc[(0, "td3"), "memory_ratio"] == 25 and table.loc[(0, "td3"), "time_ratio"] == 4
     assert table.loc[(0, "foster"), ["best", "end", "seconds_to_best"]].tolist() == [0.3, 0.2, 4]
     assert table.loc[(1, "td3"), "step_mib"] == pytest.approx(30 + 20 / 128 * (1000 - 128))
+    operations = 2 + 1 / 128 * (1000 - 128)
+    assert table.loc[(1, "td3"), "gigaflop"] == pytest.approx(operations)
+    assert table.loc[(1, "td3"), "step_seconds"] == pytest.approx(6 * operations / 3)  # not the line's 32
     assert table["projected"].tolist() == [False, False, False, True]
     path = write_efficiency(records, tmp_path / "out")
     text = path.read_text()
