@@ -22,7 +22,7 @@ NOTES = (
     "many fitted into the time limit. *Distil s*: seconds of these, set-up included. *End*, *Best*: NDCG@10 on "
     "validation of a student on what there is then; *s to best*: seconds of distilling until the best of the moments "
     "looked at. All on top of full-data training, which every row here reads. "
-    "† would not fit into memory and is measured in part, which is rough: memory and operations are continued "
+    "† would not fit into memory with a large catalogue: measured in part, memory and operations are continued "
     "linearly, seconds in proportion to operations. TD3 and Farzi embed the whole catalogue in each step: measured "
     f"with {ITEMS} of its items; trajectory matching keeps a graph of each step of the student that it unrolls: with "
     f"{UNROLLED} of them."
