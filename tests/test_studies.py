@@ -247,12 +247,8 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
 
 def test_a_study_with_another_number_of_sequences(space, profile):
     """All rows have it, in the profile `smoke` too, and the title names it."""
-    space(
-        {
-            **SPACE,
-            "studies": {"few": {**SPACE["studies"]["parts"], "title": "{sequences}", "settings": {"sequences": 2}}},
-        }
-    )
+    few = {**SPACE["studies"]["parts"], "title": "{sequences}", "settings": {"sequences": 2}}
+    space({**SPACE, "studies": {"few": few}})
     for chosen, asked, expected in ((profile, 0, 2), (profile, 5, 5), (replace(profile, name="smoke"), 5, 5)):
         study = load_study("few", chosen, asked)
         assert study.spec["title"] == str(expected)
