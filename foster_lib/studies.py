@@ -66,11 +66,13 @@ class Study:
         for variant in self.variants:
             if variant.sweep != "reference" and variant.method not in wanted:
                 continue
-            several = [name for name in datasets if profile.settings(name).teachers > 1]
-            own = several if variant.method == "teachers" else datasets
-            for run in plan(profile, own, [variant.method], seeds, split) if own else ():
-                settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
-                planned.append((variant, replace(run, settings=settings)))
+            for dataset in datasets:
+                if variant.method == "teachers" and profile.settings(dataset).teachers == 1:
+                    continue
+                own = seeds[:1] if dataset in self.spec["once"] else seeds
+                for run in plan(profile, [dataset], [variant.method], own, split):
+                    settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
+                    planned.append((variant, replace(run, settings=settings)))
         return planned
 
 
@@ -84,7 +86,7 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
     """
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
-    blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
+    blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke", "once")}
     blank |= {"collapse": False, "run": True, "settings": {}}
     given, where = space["studies"][name], f"key in study '{name}':"
     _check(given, [*blank, "title", "panels"], where)

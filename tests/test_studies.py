@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields, replace
 
 import numpy as np
@@ -187,6 +188,16 @@ def test_settings_of_a_study_hold_for_all_its_rows(space, profile):
         runs = [run for _, run in load_study("parts", chosen).runs(chosen, ["toy"], [0])]
         assert {run.method for run in runs} == {"full", "untrained", "kd", "foster"}
         assert {(run.settings.sequences, run.settings.model.width) for run in runs} == {(sequences, 8)}
+
+
+def test_some_data_sets_have_one_seed_alone(space, profile):
+    """Those that the study has `once`: their first seed, all lines; the others have every seed."""
+    space({**SPACE, "studies": {"parts": {**SPACE["studies"]["parts"], "once": ["ml-100k"]}}})
+    study = load_study("parts", profile)
+    planned = study.runs(profile, ["toy", "ml-100k"], [3, 1])
+    for name, variant in itertools.product(("toy", "ml-100k"), ("FOSTER", "no regulariser")):
+        seeds = {run.seed for v, run in planned if v.name == variant and run.settings.dataset == name}
+        assert seeds == ({3, 1} if name == "toy" else {3})
 
 
 def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
