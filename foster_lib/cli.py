@@ -134,8 +134,9 @@ def distill(
       python -m foster_lib distill data/shop --out shop50 --sequences 50 --method kd
       python -m foster_lib distill data/shop --out shop20 --set methods.foster.iterations=200
     """
-    from foster_lib.methods import METHODS, get_method
+    from foster_lib.methods import METHODS, get_method, row_name
 
+    method = row_name(method)
     if not get_method(method).condenses:
         condensing = ", ".join(name for name, row in METHODS.items() if row.condenses)
         raise FosterError(f"method '{method}' makes no sequences. Choose one of {condensing}; or use `train`.")

@@ -119,6 +119,9 @@ DISTILLATION = {
 METHODS: dict[str, Method] = {**REFERENCES, **CORESETS, **LABELLED, **DISTILLATION}
 """In the order of the table."""
 
+SYNONYMS = {f"k-means{LABELS}": "kd"}
+"""Names that options know besides; tables, files and keys have the other one."""
+
 
 NO_PARAMETERS = ("task", "sequences", "seed", "parameters", "progress", "on_step")
 """What a method's function takes besides its parameters."""
@@ -128,6 +131,11 @@ def get_method(name: str) -> Method:
     """Look a method up by the name used in options and tables."""
     check_known(name, METHODS, "method")
     return METHODS[name]
+
+
+def row_name(name: str) -> str:
+    """The name of the row that an option means, which may be a synonym; see `get_method` for the row itself."""
+    return SYNONYMS.get(name, name)
 
 
 def base_name(name: str) -> str:

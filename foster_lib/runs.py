@@ -21,7 +21,7 @@ from foster_lib.encoder import TextEncoder
 from foster_lib.errors import FosterError
 from foster_lib.evaluation import Scorer, rank_queries, recommender_scorer
 from foster_lib.fidelity import kl_to_teacher
-from foster_lib.methods import METHODS, base_name, check_parameters, get_method
+from foster_lib.methods import METHODS, base_name, check_parameters, get_method, row_name
 from foster_lib.paths import cache_dir, results_dir
 from foster_lib.recipes import train_full, train_student
 from foster_lib.records import (
@@ -172,7 +172,7 @@ def plan(
     if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise FosterError(f"seeds are {seeds}: they must be whole numbers that are not negative.")
     settings = {name: profile.settings(name, split) for name in datasets}
-    rows = {name: dict.fromkeys(methods or profile.rows(name)) for name in datasets}
+    rows = {name: dict.fromkeys(map(row_name, methods or profile.rows(name))) for name in datasets}
     once = {name: profile.once(name) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)

@@ -22,7 +22,7 @@ from foster_lib.config import BUDGET, SECTIONS, Profile, Settings, build
 from foster_lib.errors import FosterError, check_known
 from foster_lib.evaluation import METRICS
 from foster_lib.execution import execute
-from foster_lib.methods import METHODS, base_name, check_parameters, defaults, get_method
+from foster_lib.methods import METHODS, base_name, check_parameters, defaults, get_method, row_name
 from foster_lib.paths import write_atomically, write_text
 from foster_lib.runs import Run, plan
 from foster_lib.study_tables import BASE, COSTS, readable_table, save_figure, study_figure
@@ -138,7 +138,7 @@ def chosen_methods(methods: str, known: Iterable[str]) -> list[str]:
     A notebook that comes with others, and shows few rows of Table 2, ignores the other names; where none of its own
     is named it shows all. A name that no row has is an error.
     """
-    known, named = list(dict.fromkeys(known)), methods.split()
+    known, named = list(dict.fromkeys(known)), [row_name(method) for method in methods.split()]
     for method in named:
         if method != "all":
             get_method(method)

@@ -55,10 +55,10 @@ def test_runs_are_those_of_table_2_and_a_second_call_reuses_them(shop):
     assert (shop / "again" / "weights.safetensors").read_bytes() == before
     assert "reused" not in ok("distill", "shop", "--out", "five", "--profile", "mini", "--sequences", 5)
     assert json.loads((shop / "five" / "sequences.json").read_text())["sequences"] == 5
-    changed = ("--set", "student.epochs=2", "--method", "random", "--seed", 3)
+    changed = ("--set", "student.epochs=2", "--method", "k-means+labels", "--seed", 3)
     assert "reused" not in ok("distill", "shop", "--out", "two", "--profile", "mini", *changed)
     about = json.loads((shop / "two" / "recommender.json").read_text())
-    assert about["settings"]["student"]["epochs"] == 2 and about["seed"] == 3 and about["method"] == "random"
+    assert about["settings"]["student"]["epochs"] == 2 and about["seed"] == 3 and about["method"] == "kd"
 
 
 def test_the_saved_model_scores_as_the_trained_one(shop):

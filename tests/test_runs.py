@@ -227,6 +227,7 @@ def test_a_plan_holds_every_run_once(settings, monkeypatch):
         ("full", 1, 0),
         *[("random", seed, student) for seed in (0, 1) for student in (0, 1)],
     ]
+    assert [run.method for run in plan(profile, ["toy"], ["k-means+labels", "kd"], [0])] == ["kd", "kd"]  # one row
     planned = plan(profile, ["toy"], ["all"], [0])
     assert {run.method for run in planned} == set(METHODS) - {"teachers"}  # a single model labels
     with pytest.raises(FosterError, match="unknown method"):

@@ -155,6 +155,7 @@ def test_methods_choose_the_lines_of_a_study(space, profile):
 
     assert lines("") == lines("all") == lines("random+labels") == lines("foster kd") == {"foster"}
     assert chosen_methods("kd random+labels", ["foster", "kd", "random", "kd"]) == ["kd"]
+    assert chosen_methods("k-means+labels", ["foster", "kd"]) == ["kd"]
     assert chosen_methods("all", ["foster", "kd", "kd"]) == ["foster", "kd"]
     with pytest.raises(FosterError, match="unknown method 'fosterr'"):
         lines("fosterr")
