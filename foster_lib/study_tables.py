@@ -105,6 +105,7 @@ def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
     own = part[part["sweep"] == sweep]
     labels = list(own["value"].unique())  # equal steps on the axis: values are far apart, and some are words
     for (method, line), form in zip(own.groupby("method", sort=False), ("C0o-", "C1s--", "C2^:", "C3D-.")):
+        line = line.dropna(subset="mean")  # it goes on beyond what was not measured
         place = [labels.index(value) for value in line["value"]]
         axis.errorbar(place, line["mean"], line["std"].fillna(0), fmt=form, capsize=3, label=get_method(method).title)
         ringed = [labels.index(value) for value in line.loc[line["as_profile"], "value"]]
@@ -129,7 +130,8 @@ def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
         axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
     axis.set_yticks(part["place"], part["variant"])
     axis.grid(True, axis="y", alpha=0.4)
-    axis.margins(0.08)
+    axis.margins(x=0.08)
+    axis.set_ylim(-0.8, len(part) - 0.2)
     if metric == "kl_to_teacher" or (metric in COSTS and metric != "peak_memory_mib"):
         axis.set_xscale("log")
         narrow = part["mean"].max() < 100 * part["mean"].min()

@@ -58,9 +58,10 @@ def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
     frame["ratio_to_full"] = frame["mean"] / frame["full"]
     gain = (frame["full"] - frame["untrained"]).replace(0, np.nan)
     frame["recovered_gain"] = (frame["mean"] - frame["untrained"]) / gain
+    asked = {name: place for place, name in enumerate(dict.fromkeys(frame["dataset"]))}
     order = {method: place for place, method in enumerate(METHODS)}
-    frame["order"] = frame["method"].map(order)
-    return frame.sort_values(["dataset", "split", "order"], kind="stable")[COLUMNS].reset_index(drop=True)
+    frame = frame.assign(asked=frame["dataset"].map(asked), order=frame["method"].map(order))
+    return frame.sort_values(["asked", "split", "order"], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
 def per_user(runs: Iterable[Run], metric: str) -> dict[str, np.ndarray]:
@@ -217,6 +218,7 @@ def table2_figure(long: pd.DataFrame) -> plt.Figure:
             colours = _colours(part["method"])
             axis.barh(place, part["mean"], xerr=part["std"].fillna(0), color=colours, error_kw=ERROR_BARS)
             axis.set_yticks(place, [get_method(method).title for method in part["method"]])
+            axis.set_ylim(-0.8, len(part) - 0.2)
             for reference in part.loc[part["method"] == "full", "mean"]:
                 axis.axvline(reference, color="C0", ls="--", lw=1)
             axis.set_xlabel(f"{metric.upper().replace('RECALL', 'Recall')}, test ({dataset})")

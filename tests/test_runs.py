@@ -96,6 +96,12 @@ def test_the_overview_has_the_rows_that_all_data_sets_have():
     plt.close(figure)
 
 
+def test_data_sets_stay_in_the_order_in_which_they_were_asked_for(settings):
+    manifest = execute([Run(settings, "popularity", 0)], say=quiet, progress=False)[0]
+    table = long_table([{**manifest, "dataset": name} for name in ("toys", "books")])
+    assert list(dict.fromkeys(table["dataset"])) == ["toys", "books"]
+
+
 def test_finished_runs_are_reused_and_damaged_ones_made_again(settings):
     runs = [Run(settings, "random", 0), Run(settings, "popularity", 0)]
     first = execute(runs, say=quiet, progress=False)

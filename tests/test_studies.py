@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import fields, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,7 +31,7 @@ from foster_lib.studies import (
     study_table,
     write_study,
 )
-from foster_lib.study_tables import readable_table
+from foster_lib.study_tables import readable_table, study_figure
 from foster_lib.synthetic import SyntheticSequences
 
 FOSTER = {"iterations": 1, "subset": 16, "windows": 4, "pool": 1}
@@ -255,6 +256,17 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     for suffix in ("tex", "png", "pdf"):
         assert (tmp_path / "out" / f"sizes.{suffix}").stat().st_size > 500
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_line_goes_on_beyond_what_was_not_measured():
+    """All values stay on the axis, and the points that there are are joined."""
+    names = {"dataset": "toy", "sweep": "N", "method": "foster", "metric": "ndcg@10", "as_profile": False}
+    table = pd.DataFrame([{**names, "value": v, "mean": mean, "std": 0.0} for v, mean in zip("abc", (1, np.nan, 3))])
+    figure = study_figure({"panels": ["ndcg@10"], "labels": {"ndcg@10": "NDCG@10"}}, table)
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "c"]
+    assert axis.lines[0].get_xydata().tolist() == [[0, 1], [2, 3]]
+    plt.close(figure)
 
 
 def test_a_study_with_another_number_of_sequences(space, profile):
