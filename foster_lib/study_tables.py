@@ -35,10 +35,10 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     part : DataFrame
         The rows of `studies.study_table`.
     runs : list
-        Runs by name of variant: FOSTER with as many sequences is compared with each, user by user. Without them
+        Runs by name of variant: FOSTER, see `_foster_against`, is compared with each, user by user. Without them
         there is no comparison.
     """
-    tests = _foster_against(runs)
+    tests = _foster_against(runs, part)
     rows = []
     for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
@@ -58,22 +58,35 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     return pd.DataFrame(rows)
 
 
-def _foster_against(runs: list[tuple[str, Run]]) -> dict[str, dict[str, float]]:
-    """FOSTER, as the study has it but for the number of sequences, against each row of as many: `paired_bootstraps`."""
+def _foster_against(runs: list[tuple[str, Run]], part: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """`paired_bootstraps` of FOSTER against each row: at the row's value of the sweep where FOSTER has it, otherwise
+    FOSTER as the study has it but for the number of sequences, of which there are as many.
+    """
     foster = next((run.settings for name, run in runs if name == get_method(BASE).title), None)
+    points = part.drop_duplicates("variant").set_index("variant")[["sweep", "value"]].apply(tuple, axis=1).to_dict()
     ranks: dict[str, list[np.ndarray]] = {}
     counts: dict[str, int] = {}
     ours: dict[int, str] = {}
+    at_point: dict[tuple[str, str], str] = {}
+    swept = set()
     for name, run in runs:
         ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
         count = counts[name] = run.settings.sequences
         if foster and run.method == BASE and run.settings == replace(foster, sequences=count):
             ours.setdefault(count, name)
-    values, tests = {name: np.mean(each, axis=0) for name, each in ranks.items()}, {}
-    for count, name in ours.items():
-        others = {other: values[other] for other in values if counts[other] == count and other != name}
-        tests |= paired_bootstraps(values[name], others)
-    return tests
+        if points.get(name, ("",))[0] not in ("", "reference"):
+            if run.method == BASE:
+                at_point[points[name]] = name
+            else:
+                swept.add(name)
+    values = {name: np.mean(each, axis=0) for name, each in ranks.items()}
+    rivals: dict[str, dict[str, np.ndarray]] = {}
+    for name in values:
+        rival = at_point.get(points[name]) if name in swept else None
+        rival = rival or ours.get(counts[name])
+        if rival and rival != name:
+            rivals.setdefault(rival, {})[name] = values[name]
+    return {row: test for rival, rows in rivals.items() for row, test in paired_bootstraps(values[rival], rows).items()}
 
 
 def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:

@@ -300,6 +300,21 @@ def test_foster_is_compared_at_as_many_sequences(space, profile):
     assert without[names["kd", 3]] == "" and without[names["kd", 4]] == shown[names["kd", 4]]
 
 
+def test_foster_is_compared_at_the_same_value(space, profile):
+    """KD whose students take three steps with FOSTER whose students take three; FOSTER's row with FOSTER as it is."""
+    sweep = {"axis": "steps", "change": "student.epochs", "methods": ["foster", "kd"], "values": [3], "smoke": [3]}
+    space({**SPACE, "studies": {"steps": {"title": "Steps", "panels": ["ndcg@10"], "sweeps": [sweep]}}})
+    study = load_study("steps", profile)
+    planned, table = run_study(study, study.runs(profile, ["toy"], [0]), say=quiet, progress=False)
+    runs = [(variant.name, run) for variant, run in planned]
+    shown = readable_table(study.spec, table, runs).set_index("Row")["FOSTER minus it, 95 %"]
+    own = {(v.method, v.sweep): read_ranks(run.path).per_user("ndcg@10") for v, run in planned}
+    names = {(v.method, v.sweep): v.name for v, _ in planned}
+    for row, rival in ((("kd", "steps"), ("foster", "steps")), (("foster", "steps"), ("foster", "reference"))):
+        assert shown[names[row]].startswith(f"{(own[rival] - own[row]).mean():+.4f} ["), row
+    assert not np.isclose(own["foster", "steps"].mean(), own["foster", "reference"].mean())
+
+
 def test_costs_are_read_and_nothing_is_run(space, profile, monkeypatch, tmp_path):
     execute(plan(profile, ["toy"], ["full", "random"], [0]), say=quiet, progress=False)
     monkeypatch.setattr(studies, "execute", lambda *_, **__: pytest.fail("a run was started"))
