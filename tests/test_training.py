@@ -13,7 +13,6 @@ from foster_lib.errors import FosterError
 from foster_lib.sasrec import build_model
 from foster_lib.subsets import SyntheticBatch, sample_subset, synthetic_loss
 from foster_lib.training import (
-    RealSequences,
     TrainSettings,
     sequence_loss,
     train,
@@ -22,16 +21,6 @@ from foster_lib.training import (
 from tests.conftest import SMALL
 
 QUICK = TrainSettings(learning_rate=1e-2, epochs=3, patience=0)
-
-
-@pytest.fixture
-def model(catalogue):
-    return build_model(catalogue, SMALL, seed=0)
-
-
-@pytest.fixture
-def data(split):
-    return RealSequences(split.train, SMALL.length, batch_size=16)
 
 
 def copy_state(model):
