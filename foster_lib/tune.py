@@ -35,7 +35,7 @@ from foster_lib.splits import wide_validation
 from foster_lib.task import Task
 
 SPACE = Path(__file__).parent / "search.yaml"
-FULL = ("learning_rate", "muon_rate", "weight_decay", "batch_size", "subset", "epochs")
+FULL = ("learning_rate", "muon_rate", "weight_decay", "batch_size", "subset", "epochs", "mixed_precision")
 """Of the full-data training, what the table of its trials shows."""
 
 STUDENTS = 2
