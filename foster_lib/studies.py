@@ -87,7 +87,7 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
     blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke", "once")}
-    blank |= {"collapse": False, "run": True, "settings": {}}
+    blank |= {"collapse": False, "run": True, "settings": {}, "note": ""}
     given, where = space["studies"][name], f"key in study '{name}':"
     _check(given, [*blank, "title", "panels"], where)
     _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
@@ -260,6 +260,7 @@ def write_study(study: Study, planned: Planned, table: pd.DataFrame, folder: Pat
     notes = " ".join(note for word, note in study.spec["notes"].items() if word in head)
     if table["variant"].str.endswith(STALE).any():
         notes = f"*{STALE.strip(' ()')}*: made by another version of the code. {notes}"
+    notes = f"{study.spec['note']} {notes}".strip()
     markdown += [notes, "", f"Hardware: {'; '.join(hardware)}.", ""]
     return write_text(folder / f"{study.name}.md", "\n".join(markdown))
 
