@@ -132,7 +132,8 @@ def parallel(
 ) -> None:
     """Make all calls, `jobs` at a time, one thread each, in their order as far as `after` allows.
 
-    The line that each call returns is said when it ends; a single job shows its own progress bar.
+    Where one call too many is left that others wait for, it begins beside the others: nothing else could run while it
+    ran on its own. The line that each call returns is said when it ends; a single job shows its own progress bar.
     """
     if jobs < 1:
         raise FosterError(f"jobs is {jobs}: at least 1 is needed.")
@@ -141,15 +142,20 @@ def parallel(
             say(single_threaded(call.function, call.item, device, progress))
         return
     waiting, running, ended = list(calls), {}, set()
+    awaited = {need for call in calls for need in call.after}
     # Fresh interpreters: a fork would copy the threads' locks of torch in an unknown state.
     with (
-        ProcessPoolExecutor(min(jobs, len(calls)), get_context("spawn"), initializer=_end_with_parent) as pool,
+        ProcessPoolExecutor(min(jobs + 1, len(calls)), get_context("spawn"), initializer=_end_with_parent) as pool,
         tqdm(total=len(calls), desc=label, unit="run", disable=not progress) as bar,
     ):
         try:
             while waiting or running:
                 ready = [call for call in waiting if ended.issuperset(call.after)]
-                for call in ready[: jobs - len(running)]:
+                chosen = ready[: max(0, jobs - len(running))]
+                gates = [call for call in ready if call in awaited]
+                if chosen and chosen == gates[:-1]:  # three share two cores for less time than two and then one take
+                    chosen = gates
+                for call in chosen:
                     waiting.remove(call)
                     running[pool.submit(single_threaded, call.function, call.item, device, False)] = call
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

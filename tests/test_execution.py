@@ -34,6 +34,30 @@ def test_calls_wait_for_what_they_need_and_no_longer(tmp_path, jobs):
     assert min(said.index("after-0"), said.index("after-1")) > said.index("first")
 
 
+def _neighbours(item: tuple[Path, str, float], device: str, progress: bool) -> str:
+    """How many calls run at the same time as this one, itself included; it looks for three until its time is over."""
+    folder, name, seconds = item
+    most, end = 0, time.monotonic() + seconds
+    (folder / name).touch()
+    while most < 3 and time.monotonic() < end:
+        most = max(most, len(list(folder.glob("call-*"))))
+        time.sleep(0.05)
+    time.sleep(0.2)  # for the others to see it
+    (folder / name).unlink()
+    return str(most)
+
+
+@pytest.mark.parametrize(("awaited", "expected"), [(True, 3), (False, 2)])
+def test_one_call_too_many_that_others_wait_for_runs_beside_them(tmp_path, awaited, expected):
+    """Two workers make three calls at once if a fourth waits for them, otherwise never more than two."""
+    calls = [Call(_neighbours, (tmp_path, f"call-{i}", 60.0 if awaited else 2.0)) for i in range(3)]
+    last = Call(_neighbours, (tmp_path, "last", 0.1), after=tuple(calls) if awaited else ())
+    said = []
+    parallel([*calls, last], jobs=2, device="cpu", label="", progress=False, say=said.append)
+    assert max(map(int, said)) <= expected
+    assert not awaited or said[:3] == ["3"] * 3
+
+
 def test_a_failing_call_ends_the_others(tmp_path):
     """Its error is raised, and what depends on it is never called."""
     fails = Call(_leave_a_mark, (tmp_path, "fails", None))

@@ -318,7 +318,9 @@ def test_a_data_set_may_have_rows_of_its_own(settings, monkeypatch):
 
 def test_profiles_extend_each_other_and_refuse_unknown_keys():
     quick, cpu = load_profile("quick").settings("ml-100k"), load_profile("cpu").settings("ml-100k")
-    assert replace(quick, profile="cpu") == cpu
+    assert quick.methods["foster"]["iterations"] < cpu.methods["foster"]["iterations"]
+    steps = {"foster": {**quick.methods["foster"], "iterations": cpu.methods["foster"]["iterations"]}}
+    assert replace(quick, profile="cpu", methods={**quick.methods, **steps}) == cpu
     assert load_profile("cpu").settings("foods").model.width != 0
     with pytest.raises(FosterError, match="unknown profile 'cqu'.*Did you mean 'cpu'"):
         load_profile("cqu")
