@@ -113,6 +113,8 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
     for variant in found:
         _check(variant.change, ("parameters", *changes), where)
         check_parameters(variant.method, variant.change.get("parameters", {}))
+    if smoke:
+        spec["note"] = ""  # it tells of settings, of which that profile has its own
     asked = {"sequences": sequences} if sequences else {}
     spec["title"] = spec["title"].format(**{**spec["settings"], **asked})
     return Study(name, spec, found, {**spec["settings"], **(space["smoke"] if smoke else {}), **asked})

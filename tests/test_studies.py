@@ -68,6 +68,7 @@ SPACE = {
         },
         "sizes": {
             "title": "Sizes",
+            "note": "Of this study alone.",
             "panels": ["ndcg@10", "coverage", "tail_share"],
             "collapse": True,
             "columns": ["gini"],
@@ -249,7 +250,7 @@ def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
     path = write_study(study, planned, table, tmp_path / "out")
     text = path.read_text()
     assert "FOSTER, N: 16 †" in text and "Hardware" in text
-    assert all(note in text for note in ("A note.", "What is minus it.", "What is covered."))
+    assert all(note in text for note in ("Of this study alone.", "A note.", "What is minus it.", "What is covered."))
     written = pd.read_csv(tmp_path / "out" / "sizes.csv")
     assert list(written.columns) == COLUMNS and len(written) == len(table)
     assert written["mean"].to_numpy() == pytest.approx(table["mean"].to_numpy(), rel=1e-5, nan_ok=True)
