@@ -42,6 +42,7 @@ def test_ease_solves_its_least_squares_problem(own_task, regularisation):
     x = binary(own_task.train)
     found = ease_weights(sparse.csr_matrix(x.astype(np.float32)), regularisation)
     assert (np.diag(found) == 0).all()
+    assert found.flags.c_contiguous  # else every batch of histories copies all |V|² numbers
     for j in range(30):
         others = np.delete(np.arange(30), j)
         a = x[:, others]
