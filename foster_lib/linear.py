@@ -39,7 +39,7 @@ def ease_weights(matrix: sparse.csr_matrix, regularisation: float) -> np.ndarray
     """B of a binary user-item matrix: (|V|, |V|) float32."""
     gram = torch.from_numpy((matrix.T @ matrix).toarray())  # for 20,000 items: 1.6 GB in float32
     gram.diagonal().add_(regularisation)
-    # Symmetric, so its transpose is itself, in the order of rows in which a product with sparse histories takes no copy.
+    # Symmetric, so the transpose is itself, row by row in memory: a product with sparse histories takes no copy of it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).mT
     weights = inverse / -inverse.diagonal()
     weights.fill_diagonal_(0)

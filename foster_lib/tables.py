@@ -182,7 +182,8 @@ def once_note(runs: list[Run]) -> str:
     for run in runs:
         seeded.get(run.method, set()).add(run.seed)
     counts = {len(seeds) for seeds in seeded.values()}
-    return "; where none is shown, one seed and one student" if 1 in counts and len(counts) > 1 else ""
+    text = "; where none is shown, one seed and one student, whose chance is not in the interval, which is over users"
+    return text if 1 in counts and len(counts) > 1 else ""
 
 
 def steps_note(runs: list[Run]) -> str:
