@@ -63,7 +63,7 @@ data: $(STAMP)  ## DATASETS=games: official files (downloaded, or SOURCE=path) t
 reproduce-table1: $(STAMP)  ## Table 1, statistics of the data sets at hand (about 20 s)
 	@$(BIN)/python -m foster_lib.statistics $(if $(DATASETS),--datasets "$(DATASETS)") $(if $(SPLIT),--split "$(SPLIT)")
 
-reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 12 min, 2 cores; again: seconds)
+reproduce-table2: $(STAMP)  ## Table 2 on ML-100K from the data up (about 15 min, 2 cores; again: seconds)
 	@$(BIN)/python -m foster_lib.reproduce table2 $(OPTIONS)
 	@$(BIN)/python -c "from foster_lib.tables import table2_folder as f; print((f('$(PROFILE)', '$(SPLIT)') / 'table2.md').read_text())"
 
