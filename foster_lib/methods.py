@@ -14,6 +14,7 @@ from foster_lib import (
     coresets,
     dconrec,
     dealrec,
+    decoded,
     distribution_matching,
     farzi,
     foster,
@@ -113,6 +114,13 @@ DISTILLATION = {
         form=tied.TiedSequences,
     ),
     "foster-free": Method(free.foster_free, "FOSTER, without a teacher", soft=True, settings=free.FreeSettings),
+    "foster-decoded": Method(
+        decoded.foster_decoded,
+        "FOSTER, decoded",
+        needs_teacher=True,
+        settings=foster.FosterSettings,
+        form=decoded.DecodedSequences,
+    ),
     "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
 }
 

@@ -29,6 +29,7 @@ from foster_lib.training import TrainSettings
 QUICK = {
     "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-tied": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
+    "foster-decoded": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-free": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "id-sasrec": {"epochs": 2},
     "dconrec": {"iterations": 2, "added": 1},
