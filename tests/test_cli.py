@@ -172,7 +172,7 @@ def test_every_form_is_exported(shop, tmp_path, method):
     assert (None not in anchors) if method == "foster-tied" else anchors == {None}
 
 
-@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("method", [*FORMS, "foster-decoded"])
 def test_every_form_makes_a_recommender(shop, tmp_path, method):
     run = Run(load_profile("mini").settings("shop"), method, 0)
     ok("distill", "shop", "--out", tmp_path / "out", "--profile", "mini", "--method", method)
