@@ -42,39 +42,29 @@ class DecodedSequences(SyntheticSequences):
     def target_probabilities(self, embeddings: Tensor) -> Tensor:
         return largest(super().target_probabilities(embeddings), self.counts[1])
 
+    @torch.no_grad()
     def probable(self, f: Tensor | None) -> Tensor:
         """All that is kept is wanted in every subset; besides what other sequences want."""
         inputs, targets = self.counts
         wanted = [super().probable(f)]
         if inputs:
-            wanted.append(self._kept_inputs(f)[self.mask])
+            logits = self.queries @ f.T
+            logits = logits.scatter_add(-1, self.items[..., None], self.bonus[..., None])[self.mask]
+            wanted.append(logits.topk(min(inputs, len(f)), dim=-1).indices)
         if targets:
-            wanted.append(self._kept_targets(f))
+            wanted.append((self.labels[self.mask] @ f.T).topk(min(targets, len(f)), dim=-1).indices)
         return torch.cat(wanted, -1)
 
     def batch(self, subset: Subset, f: Tensor | None) -> SyntheticBatch:
         batch, (inputs, targets) = super().batch(subset, f), self.counts
+        # What is kept stands for itself, and is the most probable of the subset as it is of the catalogue.
+        weight = torch.as_tensor(subset.log_weight).exp()
         if inputs:
-            kept = self._kept_inputs(f)
-            p, own = batch.p * within(subset, kept), batch.own * (kept == self.items[..., None]).any(-1)
-            total = p.sum(-1) + own
-            batch = replace(batch, p=p / total[..., None], own=own / total)
+            p = largest(torch.cat([batch.p / weight, batch.own[..., None]], -1), inputs)
+            batch = replace(batch, p=p[..., :-1], own=p[..., -1])
         if targets:
-            y = batch.y * within(subset, self._kept_targets(f))
-            batch = replace(batch, y=y / y.sum(-1, keepdim=True))
+            batch = replace(batch, y=largest(batch.y / weight, targets))
         return batch
-
-    @torch.no_grad()
-    def _kept_inputs(self, f: Tensor) -> Tensor:
-        """(n, L, kept) items of the catalogue, of which f (|V|, k) are the features."""
-        logits = self.queries @ f.T
-        logits.scatter_add_(-1, self.items[..., None], self.bonus[..., None])
-        return logits.topk(min(self.counts[0], len(f)), dim=-1).indices
-
-    @torch.no_grad()
-    def _kept_targets(self, f: Tensor) -> Tensor:
-        """(targets, kept) items of the catalogue."""
-        return (self.labels[self.mask] @ f.T).topk(min(self.counts[1], len(f)), dim=-1).indices
 
 
 def largest(probabilities: Tensor, count: int) -> Tensor:
@@ -83,13 +73,6 @@ def largest(probabilities: Tensor, count: int) -> Tensor:
         return probabilities
     values, places = probabilities.topk(min(count, probabilities.shape[-1]), dim=-1)
     return torch.zeros_like(probabilities).scatter(-1, places, values / values.sum(-1, keepdim=True))
-
-
-def within(subset: Subset, items: Tensor) -> Tensor:
-    """Which items of the subset are among `items` (…, count), each there once: (…, N), 1 or 0."""
-    place, inside = subset.positions(items)
-    found = torch.zeros(*items.shape[:-1], len(subset.items), device=items.device)
-    return found.scatter_add(-1, place, inside.float())
 
 
 def foster_decoded(

@@ -319,7 +319,7 @@ CASES: dict[str, tuple[Damage, list[str], str]] = {
     "profile: code": (
         put("profiles/mini.yaml", "full: !!python/object/apply:os.system ['touch obeyed']"), TRAIN, "not valid YAML",
     ),
-    "profile: cut off": (put("profiles/mini.yaml", "sequences: 4\nfull: {epochs: 1"), TRAIN, "mini"),
+    "profile: cut off": (put("profiles/mini.yaml", "full: {epochs: 1"), TRAIN, "mini.yaml.*not valid YAML"),
     "profile: unknown key": (profile(ful={}), TRAIN, "'ful'. Did you mean 'full'"),
     "profile: unknown base": (profile(base="cqu"), TRAIN, "unknown base of profile mini.yaml: 'cqu'"),
     "profile: its own base": (profile(base="mini"), TRAIN, "mini.yaml: the profile extends itself"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foster_lib.decoded import DecodedSequences, foster_decoded, largest, within
+from foster_lib.decoded import DecodedSequences, foster_decoded, largest
 from foster_lib.errors import FosterError
 from foster_lib.foster import FosterSettings, distill, foster
 from foster_lib.methods import get_method
@@ -40,12 +40,6 @@ def test_the_largest_keep_their_proportions():
     assert torch.equal(largest(p, 0), p) and torch.equal(largest(p, 9), p)
     torch.testing.assert_close(largest(p, 2), torch.tensor([[0, 0.625, 0.375, 0], [0.4 / 0.75, 0, 0.35 / 0.75, 0]]))
     assert torch.equal(largest(p, 1), torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0]]))
-
-
-def test_within_a_subset_places_are_those_of_its_items():
-    subset = Subset.uniform(torch.tensor([2, 5, 7]), 10)
-    found = within(subset, torch.tensor([[7, 9], [1, 2], [9, 9]]))  # 9 is beyond the last, 1 before the first
-    assert torch.equal(found, torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 0, 0]]))
 
 
 @pytest.mark.parametrize("inputs, targets", [(0, 0), (1, 1), (3, 0), (0, 5), (4, 2), (10**6, 10**6)])
