@@ -95,3 +95,19 @@ def test_foster_decoded_is_foster_cut(task, tmp_path):
 def test_a_negative_number_of_items_is_refused(task):
     with pytest.raises(FosterError, match="0 for all, not -1 and 1"):
         foster_decoded(task, 3, 0, inputs=-1, **FAST)
+
+
+def test_items_that_stand_for_many_push_out_none_that_is_kept(task, soft):
+    """One position, whose anchor is improbable: beside what is wanted, drawn items of great weight."""
+    mask = torch.zeros_like(soft.mask)
+    mask[0, 0] = True
+    bonus = torch.full_like(soft.bonus, -20.0)
+    queries = 10 * soft.features(task.embeddings)[soft.items]  # but for the bonus the anchor is the most probable
+    reading = decoded(replace(soft.reading(0), mask=mask, bonus=bonus, queries=queries), 2, 2)
+    f = reading.features(task.embeddings)
+    items = torch.arange(task.n_items)
+    subset = Subset(items, task.n_items, torch.where(torch.isin(items, reading.wanted(f)), 0.0, 30.0))
+    batch = reading.batch(subset, f)
+    seen = batch.p.scatter_add(-1, reading.items[..., None], batch.own[..., None])
+    torch.testing.assert_close(seen[mask], reading.input_probabilities(task.embeddings)[mask])
+    torch.testing.assert_close(batch.y, reading.target_probabilities(task.embeddings)[mask])
