@@ -117,9 +117,13 @@ class Profile:
         """Rows of Table 2 for a data set: its own, if `per_dataset` names any."""
         return self._own_list(dataset, "table2") or self.table2
 
-    def once(self, dataset: str) -> list[str]:
-        """Rows that a data set has from one seed and one student, because they are dear there."""
-        return self._own_list(dataset, "once")
+    def once(self, dataset: str, split: str | None = None) -> list[str]:
+        """Rows that a data set has from one seed and one student, because they are dear there.
+
+        On another split than the profile's they are all that `per_dataset` adds to the profile's `table2`.
+        """
+        further = self._own_list(dataset, "table2") if split not in (None, self.split) else []
+        return self._own_list(dataset, "once") + [row for row in further if row not in self.table2]
 
     def _own_list(self, dataset: str, key: str) -> list[str]:
         own = self.raw.get("per_dataset", {}).get(dataset, {}).get(key, [])

@@ -163,7 +163,7 @@ def plan(
     profile: Profile, datasets: list[str], methods: list[str], seeds: list[int], split: str | None = None
 ) -> list[Run]:
     """All runs of a table: each data set, method and seed, and each student of those that condense; of the rows that
-    the profile has `once` on a data set the first seed and student.
+    the profile has `once` on a data set and split the first seed and student.
 
     `methods` may be ["all"], or empty: the profile's rows of each data set. Names that do not exist, and
     splits that a data set does not allow, end here.
@@ -173,7 +173,7 @@ def plan(
         raise FosterError(f"seeds are {seeds}: they must be whole numbers that are not negative.")
     settings = {name: profile.settings(name, split) for name in datasets}
     rows = {name: dict.fromkeys(map(row_name, methods or profile.rows(name))) for name in datasets}
-    once = {name: profile.once(name) for name in datasets}
+    once = {name: profile.once(name, split) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
         for method in once[name]:

@@ -261,6 +261,16 @@ def test_dear_rows_have_one_seed_and_one_student(settings):
         planned("random")
 
 
+@pytest.mark.parametrize(("split", "longest"), [(None, 4), ("leave-one-out", 4), ("temporal", 1)])
+def test_further_rows_are_of_one_seed_on_another_split(settings, split, longest):
+    """The rows that a data set adds to those of the profile; these, and rows of no table, keep all seeds."""
+    rows = ["random", "longest", "full"]
+    raw = {"encoder": {"name": "tiny"}, "students": 2, "per_dataset": {"toy": {"table2": rows}}}
+    profile = Profile("cpu", ["toy"], [0, 1], "leave-one-out", ["random", "full"], raw, students=2)
+    runs = [run.method for run in plan(profile, ["toy"], [*rows, "herding"], [0, 1], split)]
+    assert [runs.count(method) for method in (*rows, "herding")] == [4, longest, 2, 4]
+
+
 def test_results_do_not_depend_on_jobs(settings):
     runs = [Run(settings, method, 0) for method in ("full", "kd", "foster", "k-center")]
     serial = execute(runs, jobs=1, say=quiet, progress=False)
