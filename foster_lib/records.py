@@ -30,8 +30,16 @@ from foster_lib.evaluation import METRICS, Ranks
 from foster_lib.paths import ROOT, results_dir, write_atomically, write_text
 
 SCHEMA = 1
-COMPACT = {"compression": "zstd", "compression_level": 19, "use_dictionary": False, "use_byte_stream_split": True}
-"""How ranks are written: small numbers, whose higher bytes are mostly zero, take a fifth of pandas' default."""
+COMPACT = {
+    "compression": "brotli",
+    "compression_level": 11,
+    "use_dictionary": False,
+    "write_statistics": False,
+    "store_schema": False,
+    "column_encoding": {"user": "DELTA_BINARY_PACKED", "higher": "BYTE_STREAM_SPLIT", "tied": "BYTE_STREAM_SPLIT"},
+}
+"""How ranks are written: users count up, ranks are small, so that their higher bytes are mostly zero. It takes a seventh
+of pandas' default for 943 users."""
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
     *("splits", "encoder", "sasrec", "ensemble", "batches", "subsets", "optimizers"),
@@ -147,9 +155,9 @@ def _checked(path: Path) -> dict[str, Any]:
 
 def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks) -> Path:
     """Write the per-user ranks, then the manifest: a run without its ranks is never seen."""
-    frame = ranks.to_frame()
+    table = pyarrow.table(dict(ranks.to_frame().items()))
     write_atomically(
-        path.with_suffix(".parquet"), lambda temporary: frame.to_parquet(temporary, index=False, **COMPACT)
+        path.with_suffix(".parquet"), lambda temporary: pyarrow.parquet.write_table(table, temporary, **COMPACT)
     )
     return write_text(path, json.dumps({"schema": SCHEMA, **manifest}, indent=1, sort_keys=True) + "\n")
 
