@@ -38,8 +38,8 @@ COMPACT = {
     "store_schema": False,
     "column_encoding": {"user": "DELTA_BINARY_PACKED", "higher": "BYTE_STREAM_SPLIT", "tied": "BYTE_STREAM_SPLIT"},
 }
-"""How ranks are written: users count up, ranks are small, so that their higher bytes are mostly zero. It takes a seventh
-of pandas' default for 943 users."""
+"""How ranks are written: users count up, ranks are small, so that their higher bytes are mostly zero. For 943 users it
+takes a seventh of pandas' default."""
 NEEDED = ("dataset", "split", "profile", "method", "seed", "code", "data", "details", "seconds", "validation", "test")
 CORE_MODULES = (
     *("splits", "encoder", "sasrec", "ensemble", "batches", "subsets", "optimizers"),
