@@ -120,10 +120,10 @@ class Profile:
     def once(self, dataset: str, split: str | None = None) -> list[str]:
         """Rows that a data set has from one seed and one student, because they are dear there.
 
-        On another split than the profile's they are all that `per_dataset` adds to the profile's `table2`.
+        On another split than the profile's also all that `per_dataset` names beside the profile's `table2`.
         """
         further = self._own_list(dataset, "table2") if split not in (None, self.split) else []
-        return self._own_list(dataset, "once") + [row for row in further if row not in self.table2]
+        return self._own_list(dataset, "once") + [row for row in further if row not in (*self.table2, "all")]
 
     def _own_list(self, dataset: str, key: str) -> list[str]:
         own = self.raw.get("per_dataset", {}).get(dataset, {}).get(key, [])

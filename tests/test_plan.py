@@ -57,6 +57,8 @@ def test_further_rows_are_of_one_seed_on_another_split(settings, split, longest)
     profile = Profile("cpu", ["toy"], [0, 1], "leave-one-out", ["random", "full"], raw, students=2)
     runs = [run.method for run in plan(profile, ["toy"], [*rows, "herding"], [0, 1], split)]
     assert [runs.count(method) for method in (*rows, "herding")] == [4, longest, 2, 4]
+    rows[1] = "all"  # names none
+    assert [run.method for run in plan(profile, ["toy"], [], [0, 1], split)].count("longest") == 4
 
 
 def test_a_data_set_may_have_rows_of_its_own(settings, monkeypatch):
