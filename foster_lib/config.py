@@ -19,7 +19,7 @@ from foster_lib.synthetic import ORDERS
 from foster_lib.training import TrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
-MAY_BE_ZERO = ("patience", "hard_patience", "adapter_hidden", "inner_warmup", "added")
+MAY_BE_ZERO = ("patience", "hard_patience", "adapter_hidden", "inner_warmup", "added", "kept_inputs", "kept_targets")
 """Whole numbers that are not 0 by default, but may be."""
 SECTIONS = ("model", "full", "student", "methods", "encoder")
 BUDGET = ("sequences", "sequence_length", "readings", "order", "successors", "teachers")

@@ -80,22 +80,22 @@ def foster_decoded(
     sequences: int,
     seed: int,
     progress: str = "",
-    inputs: int = 1,
-    targets: int = 1,
+    kept_inputs: int = 1,
+    kept_targets: int = 1,
     hard: bool = False,
     **parameters,
 ) -> DecodedSequences:
-    """FOSTER, decoded to `inputs` items a position and `targets` items a label (0: all).
+    """FOSTER, decoded to `kept_inputs` items a position and `kept_targets` items a label (0: all).
 
     hard : decoded to real sequences: the most probable item, and the most probable next one as a hard target, without
         labels, likeness or other orders of reading; a student learns them as it does real histories.
     parameters : those of `FosterSettings`
     """
-    if min(inputs, targets) < 0:
-        raise FosterError(f"inputs and targets are numbers of kept items, 0 for all, not {inputs} and {targets}.")
+    if min(kept_inputs, kept_targets) < 0:
+        raise FosterError(f"kept_inputs and kept_targets are numbers of items, 0 for all, not {kept_inputs} and {kept_targets}.")
     learned = foster(task, sequences, seed, progress, **parameters)
     if hard:
         embeddings = task.embeddings.cpu()
         p, y = learned.input_probabilities(embeddings), learned.target_probabilities(embeddings)
         return DecodedSequences(p.argmax(-1) * learned.mask, learned.mask, y.argmax(-1) * learned.mask)
-    return DecodedSequences(**vars(learned), kept=torch.tensor([inputs, targets]))
+    return DecodedSequences(**vars(learned), kept=torch.tensor([kept_inputs, kept_targets]))

@@ -76,7 +76,7 @@ def test_steps_of_some_windows_want_what_is_kept(task, soft):
 
 def test_foster_decoded_is_foster_cut(task, tmp_path):
     learned = foster(task, 3, 0, **FAST)
-    cut = foster_decoded(task, 3, 0, inputs=2, targets=0, **FAST)
+    cut = foster_decoded(task, 3, 0, kept_inputs=2, kept_targets=0, **FAST)
     p = learned.input_probabilities(task.embeddings)
     torch.testing.assert_close(cut.input_probabilities(task.embeddings), largest(p, 2))
     torch.testing.assert_close(cut.target_probabilities(task.embeddings), learned.target_probabilities(task.embeddings))
@@ -94,7 +94,7 @@ def test_foster_decoded_is_foster_cut(task, tmp_path):
 
 def test_a_negative_number_of_items_is_refused(task):
     with pytest.raises(FosterError, match="0 for all, not -1 and 1"):
-        foster_decoded(task, 3, 0, inputs=-1, **FAST)
+        foster_decoded(task, 3, 0, kept_inputs=-1, **FAST)
 
 
 def test_items_that_stand_for_many_push_out_none_that_is_kept(task, soft):
