@@ -92,7 +92,7 @@ def foster_decoded(
     parameters : those of `FosterSettings`
     """
     if min(kept_inputs, kept_targets) < 0:
-        raise FosterError(f"kept_inputs and kept_targets are numbers of items, 0 for all, not {kept_inputs} and {kept_targets}.")
+        raise FosterError(f"kept_inputs and kept_targets are 0 for all, not {kept_inputs} and {kept_targets}.")
     learned = foster(task, sequences, seed, progress, **parameters)
     if hard:
         embeddings = task.embeddings.cpu()
