@@ -20,6 +20,7 @@ from foster_lib import (
     foster,
     free,
     goracs,
+    late,
     linear,
     linear_labels,
     matching,
@@ -121,6 +122,7 @@ DISTILLATION = {
         settings=foster.FosterSettings,
         form=decoded.DecodedSequences,
     ),
+    "foster-late": Method(late.foster_late, "FOSTER, late resets", needs_teacher=True, settings=foster.FosterSettings),
     "foster": Method(foster.foster, "FOSTER", needs_teacher=True, settings=foster.FosterSettings),
 }
 

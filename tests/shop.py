@@ -20,6 +20,7 @@ PROFILE = {
         "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
         "foster-tied": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
         "foster-decoded": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
+        "foster-late": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
         "td3": {"outer_steps": 2, "inner_steps": 2, "window": 1},
         "farzi": {"outer_steps": 2, "inner_steps": 2},
     },

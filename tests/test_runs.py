@@ -24,6 +24,7 @@ QUICK = {
     "foster": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-tied": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-decoded": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
+    "foster-late": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "foster-free": {"iterations": 2, "subset": 16, "windows": 4, "pool": 1},
     "id-sasrec": {"epochs": 2},
     "dconrec": {"iterations": 2, "added": 1},
