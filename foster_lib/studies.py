@@ -25,11 +25,10 @@ from foster_lib.execution import execute
 from foster_lib.methods import METHODS, base_name, check_parameters, defaults, get_method, row_name
 from foster_lib.paths import write_atomically, write_text
 from foster_lib.runs import Run, plan
-from foster_lib.study_tables import BASE, COSTS, readable_table, save_figure, study_figure
+from foster_lib.study_tables import BASE, COSTS, STALE, readable_table, save_figure, study_figure
 from foster_lib.tables import latex_table, table2_folder
 
 SPACE = Path(__file__).parent / "studies.yaml"
-STALE = " (stale)"
 REFERENCES = ("full", "untrained")
 KEYS = ["dataset", "split", "profile", "study", "sweep", "variant", "method", "value", "as_profile", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "runs", "ratio_to_full", "recovered_gain", *COSTS]
@@ -99,8 +98,9 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
         if method in rows or spec["references"] == "table2"
     ]
     for variant in spec["variants"]:
-        _check(variant, ("name", "method", "change"), where)
-        found += [Variant(**variant)] if not smoke or variant["name"] in spec["smoke"] else []
+        _check(variant, ("name", "method", "change", "part"), where)
+        fields = {key: value for key, value in variant.items() if key != "part"}
+        found += [Variant(**fields)] if not smoke or variant["name"] in spec["smoke"] else []
     for sweep in spec["sweeps"]:
         _check(sweep, ("axis", "change", "methods", "values", "smoke"), where)
         section, _, key = sweep["change"].partition(".")

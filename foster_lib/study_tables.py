@@ -21,12 +21,14 @@ from foster_lib.significance import paired_bootstraps
 from foster_lib.tables import undated, use_style
 
 BASE = "foster"
+STALE = " (stale)"
+"""Ends the name of a row that another version of the code has made."""
 COSTS = ["distil_seconds", "train_seconds", "total_seconds", "peak_memory_mib", "bytes"]
 """What a row costs: columns of `studies.study_table`, and metrics of their own in it."""
 
 
 def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[str, Run]]) -> pd.DataFrame:
-    """The table of one data set as people read it: a row per variant, formatted text.
+    """The table of one data set as people read it: a row per variant, formatted text; a line where a part begins.
 
     Parameters
     ----------
@@ -41,6 +43,8 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     tests = _foster_against(runs, part)
     rows = []
     for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
+        if heading := heading_above(spec, name):
+            rows.append({"Row": f"{heading}:"})
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
         for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"], *spec["columns"]]):
             if metric not in COSTS:
@@ -55,7 +59,13 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
             row["FOSTER minus it, 95 %"] = interval + "*" * (test["low"] > 0 or test["high"] < 0)
         costs = zip(("Distil s", "Train s", "Total s", "MiB", "KiB"), first[COSTS] / (1, 1, 1, 1, 1024))
         rows.append(row | {title: number(value, 0) for title, value in costs})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
+
+
+def heading_above(spec: dict[str, Any], name: str) -> str:
+    """The part of the study that begins with this variant; empty: none does."""
+    parts = {variant["name"]: variant["part"] for variant in spec["variants"] if "part" in variant}
+    return parts.get(name.removesuffix(STALE), "")
 
 
 def _foster_against(runs: list[tuple[str, Run]], part: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -91,12 +101,18 @@ def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
     use_style()
     sweeps = [sweep for sweep in table["sweep"].unique() if sweep not in ("", "reference")]
     columns, rows = spec["panels"], list(itertools.product(table["dataset"].unique(), sweeps or [""]))
-    size = (3.4 * len(columns), 3.2) if sweeps else (2.4 + 2.8 * len(columns), 0.8 + 0.25 * table["variant"].nunique())
+    size = (3.4 * len(columns), 3.2)
+    if not sweeps:
+        lines = sum(2 if heading_above(spec, name) else 1 for name in table["variant"].unique())
+        size = (2.4 + 2.8 * len(columns), 0.8 + 0.25 * lines)
     options = {"squeeze": False, "layout": "constrained", "sharey": False if sweeps else "row"}
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(size[0], size[1] * len(rows)), **options)
     for (row, (dataset, sweep)), (column, panel) in itertools.product(enumerate(rows), enumerate(columns)):
         axis, part = axes[row, column], table[(table["dataset"] == dataset) & (table["metric"] == panel)]
-        (_curves if sweep else _dots)(axis, part, sweep)
+        if sweep:
+            _curves(axis, part, sweep)
+        else:
+            _dots(axis, part, [heading_above(spec, name) for name in part["variant"]])
         (axis.set_ylabel if sweep else axis.set_xlabel)(f"{spec['labels'][panel]}\n({dataset})")
     if sweeps:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -130,18 +146,23 @@ def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
     axis.set_xlabel(sweep)
 
 
-def _dots(axis: plt.Axes, part: pd.DataFrame, _: str) -> None:
+def _dots(axis: plt.Axes, part: pd.DataFrame, headings: list[str]) -> None:
+    """A dot per row of `part`; above some of them a line for its heading."""
     metric = part["metric"].iloc[0]
-    part = part.assign(place=np.arange(len(part))[::-1])
+    below = np.arange(len(part)) + np.cumsum([bool(heading) for heading in headings])
+    part = part.assign(place=below[-1] - below)
     if metric in COSTS:
         part["mean"] = part["mean"].clip(lower=0.01)  # what takes no time, on a logarithmic axis
     for as_profile, look in ((False, {"fmt": "o", "color": "C0"}), (True, {"fmt": "D", "color": "C1", "ms": 7})):
         own = part[part["as_profile"] == as_profile]
         axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
-    axis.set_yticks(part["place"], part["variant"])
+    begins = {place + 1: heading for place, heading in zip(part["place"], headings) if heading}
+    axis.set_yticks([*part["place"], *begins], [*part["variant"], *begins.values()])
+    for label in axis.get_yticklabels()[len(part) :]:
+        label.set_fontweight("bold")
     axis.grid(True, axis="y", alpha=0.4)
     axis.margins(x=0.08)
-    axis.set_ylim(-0.8, len(part) - 0.2)
+    axis.set_ylim(-0.8, below[-1] + 0.8)
     if metric == "kl_to_teacher" or (metric in COSTS and metric != "peak_memory_mib"):
         axis.set_xscale("log")
         narrow = part["mean"].max() < 100 * part["mean"].min()
