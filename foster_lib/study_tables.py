@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
         there is no comparison.
     """
     tests = _foster_against(runs, part)
-    rows = []
-    for (name, as_profile), own in part.groupby(["variant", "as_profile"], sort=False):
-        if heading := heading_above(spec, name):
+    rows, groups = [], list(part.groupby(["variant", "as_profile"], sort=False))
+    above = headings(spec, [name for (name, _), _ in groups])
+    for heading, ((name, as_profile), own) in zip(above, groups):
+        if heading:
             rows.append({"Row": f"{heading}:"})
         row, own = {"Row": name + " †" * as_profile}, own.set_index("metric")
         for metric in dict.fromkeys(["ndcg@10", "recall@10", *spec["panels"], *spec["columns"]]):
@@ -62,10 +64,13 @@ def readable_table(spec: dict[str, Any], part: pd.DataFrame, runs: list[tuple[st
     return pd.DataFrame(rows).fillna("")
 
 
-def heading_above(spec: dict[str, Any], name: str) -> str:
-    """The part of the study that begins with this variant; empty: none does."""
-    parts = {variant["name"]: variant["part"] for variant in spec["variants"] if "part" in variant}
-    return parts.get(name.removesuffix(STALE), "")
+def headings(spec: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """For each row the part of the study that begins with it, or nothing: the first of a part's rows that is there."""
+    part, parts = "", {}
+    for variant in spec["variants"]:
+        parts[variant["name"]] = part = variant.get("part", part)
+    own = [parts.get(name.removesuffix(STALE), "") for name in names]
+    return [part if part != before else "" for before, part in zip(["", *own], own)]
 
 
 def _foster_against(runs: list[tuple[str, Run]], part: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -103,8 +108,8 @@ def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
     columns, rows = spec["panels"], list(itertools.product(table["dataset"].unique(), sweeps or [""]))
     size = (3.4 * len(columns), 3.2)
     if not sweeps:
-        lines = sum(2 if heading_above(spec, name) else 1 for name in table["variant"].unique())
-        size = (2.4 + 2.8 * len(columns), 0.8 + 0.25 * lines)
+        names = table["variant"].unique()
+        size = (2.4 + 2.8 * len(columns), 0.8 + 0.25 * (len(names) + sum(map(bool, headings(spec, names)))))
     options = {"squeeze": False, "layout": "constrained", "sharey": False if sweeps else "row"}
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(size[0], size[1] * len(rows)), **options)
     for (row, (dataset, sweep)), (column, panel) in itertools.product(enumerate(rows), enumerate(columns)):
@@ -112,7 +117,7 @@ def study_figure(spec: dict[str, Any], table: pd.DataFrame) -> plt.Figure:
         if sweep:
             _curves(axis, part, sweep)
         else:
-            _dots(axis, part, [heading_above(spec, name) for name in part["variant"]])
+            _dots(axis, part, headings(spec, part["variant"]))
         (axis.set_ylabel if sweep else axis.set_xlabel)(f"{spec['labels'][panel]}\n({dataset})")
     if sweeps:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -146,17 +151,17 @@ def _curves(axis: plt.Axes, part: pd.DataFrame, sweep: str) -> None:
     axis.set_xlabel(sweep)
 
 
-def _dots(axis: plt.Axes, part: pd.DataFrame, headings: list[str]) -> None:
+def _dots(axis: plt.Axes, part: pd.DataFrame, above: list[str]) -> None:
     """A dot per row of `part`; above some of them a line for its heading."""
     metric = part["metric"].iloc[0]
-    below = np.arange(len(part)) + np.cumsum([bool(heading) for heading in headings])
+    below = np.arange(len(part)) + np.cumsum([bool(heading) for heading in above])
     part = part.assign(place=below[-1] - below)
     if metric in COSTS:
         part["mean"] = part["mean"].clip(lower=0.01)  # what takes no time, on a logarithmic axis
     for as_profile, look in ((False, {"fmt": "o", "color": "C0"}), (True, {"fmt": "D", "color": "C1", "ms": 7})):
         own = part[part["as_profile"] == as_profile]
         axis.errorbar(own["mean"], own["place"], xerr=own["std"].fillna(0), capsize=3, **look)
-    begins = {place + 1: heading for place, heading in zip(part["place"], headings) if heading}
+    begins = {place + 1: heading for place, heading in zip(part["place"], above) if heading}
     axis.set_yticks([*part["place"], *begins], [*part["variant"], *begins.values()])
     for label in axis.get_yticklabels()[len(part) :]:
         label.set_fontweight("bold")
