@@ -68,11 +68,16 @@ class Study:
             for dataset in datasets:
                 if variant.method == "teachers" and profile.settings(dataset).teachers == 1:
                     continue
-                own = seeds[:1] if dataset in self.spec["once"] else seeds
-                for run in plan(profile, [dataset], [variant.method], own, split):
+                if variant.sweep != "reference" and variant.name not in self.rows(dataset):
+                    continue
+                for run in plan(profile, [dataset], [variant.method], seeds, split):
                     settings = changed(changed(run.settings, "", self.laid_over), variant.method, variant.change)
                     planned.append((variant, replace(run, settings=settings)))
         return planned
+
+    def rows(self, dataset: str) -> list[str]:
+        """The names of its variants on that data set; references are not among them."""
+        return self.spec["rows"].get(dataset) or [v.name for v in self.variants if v.sweep != "reference"]
 
 
 Planned = list[tuple[Variant, Run]]
@@ -85,8 +90,8 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
     """
     space, smoke = yaml.safe_load(SPACE.read_text(encoding="utf-8")), profile.name == "smoke"
     check_known(name, space["studies"], "study")
-    blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke", "once")}
-    blank |= {"collapse": False, "run": True, "settings": {}, "note": ""}
+    blank = {name: [] for name in ("references", "columns", "sweeps", "variants", "smoke")}
+    blank |= {"collapse": False, "run": True, "settings": {}, "note": "", "rows": {}}
     given, where = space["studies"][name], f"key in study '{name}':"
     _check(given, [*blank, "title", "panels"], where)
     _check([*given["panels"], *given.get("columns", [])], space["labels"], where)
@@ -108,6 +113,8 @@ def load_study(name: str, profile: Profile, sequences: int = 0) -> Study:
             label, value = next(iter(value.items())) if isinstance(value, dict) else (str(value), value)
             title = f"{get_method(method).title}, {sweep['axis']}: {label}"
             found.append(Variant(title, method, {section: {key: value} if key else value}, sweep["axis"], label))
+    for dataset, rows in spec["rows"].items():
+        _check(rows, [variant["name"] for variant in spec["variants"]], f"row of study '{name}' on {dataset}:")
     changes = ("sequences", *BUDGET[2:], *SECTIONS)
     _check(spec["settings"], changes, where)
     for variant in found:

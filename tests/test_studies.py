@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import fields, replace
 
 import numpy as np
@@ -192,14 +191,21 @@ def test_settings_of_a_study_hold_for_all_its_rows(space, profile):
         assert {(run.settings.sequences, run.settings.model.width) for run in runs} == {(sequences, 8)}
 
 
-def test_some_data_sets_have_one_seed_alone(space, profile):
-    """Those that the study has `once`: their first seed, all lines; the others have every seed."""
-    space({**SPACE, "studies": {"parts": {**SPACE["studies"]["parts"], "once": ["ml-100k"]}}})
-    study = load_study("parts", profile)
-    planned = study.runs(profile, ["toy", "ml-100k"], [3, 1])
-    for name, variant in itertools.product(("toy", "ml-100k"), ("FOSTER", "no regulariser")):
-        seeds = {run.seed for v, run in planned if v.name == variant and run.settings.dataset == name}
-        assert seeds == ({3, 1} if name == "toy" else {3})
+def test_some_data_sets_have_fewer_rows(space, profile):
+    """The `rows` of a study name those that a data set has beside the references; a wrong name is an error."""
+
+    def loaded(rows):
+        space({**SPACE, "studies": {"parts": {**SPACE["studies"]["parts"], "rows": {"ml-100k": rows}}}})
+        return load_study("parts", profile)
+
+    planned = loaded(["no regulariser"]).runs(profile, ["toy", "ml-100k"], [3, 1])
+    for name, further in (("toy", {"no regulariser", "by hand"}), ("ml-100k", {"no regulariser"})):
+        own = [(v, run) for v, run in planned if run.settings.dataset == name]
+        assert {v.name for v, _ in own if v.sweep != "reference"} == further
+        assert {v.method for v, _ in own if v.sweep == "reference"} == {"full", "untrained", "kd", "foster"}
+        assert {run.seed for _, run in own} == {3, 1}
+    with pytest.raises(FosterError, match="row of study 'parts' on ml-100k: 'no reset'"):
+        loaded(["no reset"])
 
 
 def test_the_table_is_what_the_manifests_say(space, profile, tmp_path):
