@@ -1,33 +1,37 @@
 """Labels of a linear model: where S starts if nobody shall train on all data first.
 
-EASE (`linear.ease`) has a closed form: one matrix is inverted where a full-data teacher needs epochs. A label is
-softmax_j(s Σ_i w_i B_ij) over the history i of its position, w_i falling with age.
+EASE (`linear.ease`) has a closed form: one matrix is inverted where a full-data teacher needs epochs. It scores item j
+after a history as s_j = Σ_i w_i B_ij, w_i falling with age. A label is softmax_j(c s_j), each with a c of its own
+(`sharpened`): where data are sparse scores are ten times smaller, and a softmax of them as they are would say nothing.
 
 S holds it as any label, as a query z over item features f(e) of an adapter. Both are fitted to the labels, from the
 untrained model's adapter, by stochastic gradient steps on some labels and items at a time,
 
-    min over f, z   KL(y ‖ softmax(z · f)),
+    min over f, z, A   KL(y ‖ softmax(z · f)) + KL(y_i ‖ softmax([f_i, 1] A · f)),
 
-which makes what B knows of single items smooth in their texts: on MovieLens students of these labels rank better than
-students of the exact ones. Of which items are alike, f then says what B does.
+y_i what follows item i on its own. That makes what B knows of single items smooth in their texts: on MovieLens students
+of these labels rank better than students of the exact ones. Of which items are alike, f then says what B does.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from foster_lib.condense import BITS, _optimizer, divergence, drawn
+from foster_lib.condense import BITS, _optimizer, divergence, drawn, least_squares
 from foster_lib.coresets import ALIKE
 from foster_lib.evaluation import Scorer
 from foster_lib.importance import ImportanceSampler
 from foster_lib.linear import ease
 from foster_lib.sasrec import adapt
 from foster_lib.selection import cluster_medoids
-from foster_lib.synthetic import ORDERS, SyntheticSequences
+from foster_lib.synthetic import LIKENESS_ROWS, ORDERS, SyntheticSequences
 from foster_lib.task import Task
 from foster_lib.training import warmup_cosine
 
@@ -37,11 +41,17 @@ STEPS, LABELS, ITEMS, SHARE = 600, 1000, 2048, 0.5
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """regularisation, decay : λ of EASE and w_i = decay^age, see `linear.ease`; label_sharpness : s"""
+    """Of the linear model and its labels.
+
+    regularisation, decay : λ of EASE and w_i = decay^age, see `linear.ease`
+    label_margin : see `sharpened`
+    successors : whether S tells what follows an item on its own, besides what follows the histories in it
+    """
 
     regularisation: float = 400.0
     decay: float = 0.9
-    label_sharpness: float = 60.0
+    label_margin: float = 0.5
+    successors: bool = True
 
 
 def linear_start(
@@ -58,8 +68,13 @@ def linear_start(
     chosen = cluster_medoids(replace(task, synthetic_length=window), sequences * count, seed).joined(count)
     score = ease(task, regularisation=settings.regularisation, decay=settings.decay)
     chosen = continued(chosen, score, window)
-    exact, orders = exact_labels(task, chosen, score, settings.label_sharpness)
-    return fitted(task, chosen, exact, orders, seed)
+    exact, orders = exact_labels(task, chosen, score)
+
+    def follows(items: Tensor) -> Tensor:
+        return sharpened(score([item.numpy() for item in items.split(1)]).float(), settings.label_margin)
+
+    exact = sharpened(exact, settings.label_margin)
+    return fitted(task, chosen, exact, orders, seed, follows if settings.successors else None)
 
 
 def kd_linear(task: Task, sequences: int, seed: int, **parameters) -> SyntheticSequences:
@@ -83,10 +98,8 @@ def continued(chosen: SyntheticSequences, score: Scorer, length: int) -> Synthet
     return replace(chosen, **{name: part.reshape(chosen.items.shape) for name, part in whole.items()})
 
 
-def exact_labels(
-    task: Task, chosen: SyntheticSequences, score: Scorer, sharpness: float
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of the labels of all positions that have a target, in each of the task's readings.
+def exact_labels(task: Task, chosen: SyntheticSequences, score: Scorer) -> tuple[Tensor, Tensor | None]:
+    """Scores at all positions that have a target, in each of the task's readings.
 
     Returns
     -------
@@ -104,7 +117,7 @@ def exact_labels(
         place = order.clamp(min=0)
         there = chosen.mask[row, place] & (order >= 0)
         scores = score(histories(chosen.items[row, place], there, task.length))
-        labels[number_of[row, place][there], reading] = sharpness * scores.float()
+        labels[number_of[row, place][there], reading] = scores.float()
     return labels, torch.stack(orders, 2) if orders else None
 
 
@@ -117,34 +130,75 @@ def histories(items: Tensor, mask: Tensor, length: int) -> list[np.ndarray]:
     return [windows[row, : place + 1] for row, place in mask.reshape(-1, length).nonzero().tolist()]
 
 
+def sharpened(scores: Tensor, margin: float) -> Tensor:
+    """Scores (…, |V|) times the c with which each label's largest is the logit ln |V| + `margin`.
+
+    So that item is e^margin times as probable as all those together that have no score. Where nothing has one the label
+    is uniform; a logit of less than the largest's negative does not count as more unlikely.
+    """
+    highest, top = math.log(scores.shape[-1]) + margin, scores.amax(-1, keepdim=True)
+    return torch.where(top > 1e-6, scores * (highest / top.clamp(min=1e-6)), 0.0).clamp(min=-highest)
+
+
 def fitted(
-    task: Task, chosen: SyntheticSequences, exact: Tensor, orders: Tensor | None, seed: int, steps: int = STEPS
+    task: Task,
+    chosen: SyntheticSequences,
+    exact: Tensor,
+    orders: Tensor | None,
+    seed: int,
+    follows: Callable[[Tensor], Tensor] | None = None,
+    steps: int = STEPS,
 ) -> SyntheticSequences:
-    """`chosen` with labels z over features f(e) fitted to the logits `exact`, (T, R, |V|)."""
+    """`chosen` with labels z over features f(e) fitted to logits.
+
+    Parameters
+    ----------
+    exact : (T, R, |V|)
+        Of the labels of T positions in R readings.
+    follows : (M,) items to (M, |V|), optional
+        Of what follows single items, to which A is fitted.
+    """
     embeddings, readings, device = task.embeddings, exact.shape[1], task.device
     exact = exact.flatten(0, 1)
     adapter = {name: t.clone().requires_grad_() for name, t in task.new_model(seed).adapter_weights().items()}
     with torch.no_grad():
-        mass = sum(part.softmax(-1).sum(0) for part in exact.split(1000))
-        z = nearest(exact, adapt(embeddings, adapter).cpu()).to(device).requires_grad_()
-    sampler, generator = ImportanceSampler(mass, ITEMS, SHARE), np.random.default_rng(seed)
-    optimizer = _optimizer(adapter, {"z": z})  # at the learning rates of `condense`
+        f = adapt(embeddings, adapter).cpu()
+        learnt = {"z": nearest(exact, f)}
+        if follows:
+            alone = torch.cat([nearest(follows(items), f) for items in torch.arange(task.n_items).split(1000)])
+            learnt["A"] = least_squares(F.pad(f, (0, 1), value=1.0), alone)
+    learnt = {name: tensor.to(device).requires_grad_() for name, tensor in learnt.items()}
+
+    def after_one(items: Tensor) -> Tensor:
+        f = adapt(embeddings[items.to(device)], adapter)
+        return F.pad(f, (0, 1), value=1.0) @ learnt["A"]
+
+    # How many there are, how many a step looks at, logits and queries of some of them: of labels, of single items.
+    parts = [(len(exact), LABELS, exact.__getitem__, lambda some: learnt["z"][some.to(device)])]
+    parts += [(task.n_items, LIKENESS_ROWS, follows, after_one)] if follows else []
+    generator = np.random.default_rng(seed)
+    optimizer = _optimizer(adapter, learnt)  # at the learning rates of `condense`
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["full_rate"] * warmup_cosine((step + 0.5) / steps, 0.03)
-        subset = sampler.draw(generator)
-        some = torch.from_numpy(drawn(len(z), LABELS, generator))
-        known = (exact[some[:, None], subset.items] + subset.log_weight).to(device)
-        f = adapt(embeddings[subset.items.to(device)], adapter)
-        loss = divergence(known, z[some.to(device)] @ f.T + subset.log_weight.to(device))
+        drawn_rows = [torch.from_numpy(drawn(count, size, generator)) for count, size, _, _ in parts]
+        known = [logits(rows) for rows, (_, _, logits, _) in zip(drawn_rows, parts)]
+        # Few items are probable in a label, others in each: a subset holds those of this step's labels.
+        mass = sum(logits.softmax(-1).mean(0) for logits in known)
+        subset = ImportanceSampler(mass, ITEMS, SHARE).draw(generator)
+        f, weight = adapt(embeddings[subset.items.to(device)], adapter), subset.log_weight.to(device)
+        loss = sum(
+            divergence(logits[:, subset.items].to(device) + weight, queries(rows) @ f.T + weight)
+            for logits, rows, (_, _, _, queries) in zip(known, drawn_rows, parts)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    labels = torch.zeros(*chosen.mask.shape, readings, z.shape[1])
-    labels[chosen.mask] = z.detach().cpu().unflatten(0, (-1, readings))
+    labels = torch.zeros(*chosen.mask.shape, readings, learnt["z"].shape[1])
+    labels[chosen.mask] = learnt["z"].detach().cpu().unflatten(0, (-1, readings))
     further = {"further_labels": labels[:, :, 1:], "orders": orders} if orders is not None else {}
     own = {"labels": labels[:, :, 0], "alike": torch.tensor(ALIKE), "bits": BITS, "adapter": adapter}
-    return replace(chosen, **own, **further).detached()
+    return replace(chosen, **own, **further, successors=learnt.get("A")).detached()
 
 
 def nearest(logits: Tensor, f: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def expected_start(task: Task, sequences: int, settings: TiedSettings, seed: int
     z = torch.cat([ALIKE * f[labelled.items[:, :1]], labelled.labels], 1)
     bonus = torch.zeros(z.shape[:2])
     bonus[:, 0] = settings.bonus
-    kept = {name: getattr(labelled, name) for name in ("items", "mask", "targets", "adapter", "alike")}
+    kept = {name: getattr(labelled, name) for name in ("items", "mask", "targets", "adapter", "alike", "successors")}
     return TiedSequences(**kept, queries=z[:, :-1], bonus=bonus[:, :-1], end_queries=z[:, -1], end_bonus=bonus[:, -1])
 
 

@@ -24,6 +24,7 @@ from foster_lib.linear_labels import (
     kd_linear,
     linear_start,
     nearest,
+    sharpened,
 )
 from foster_lib.methods import get_method
 from foster_lib.runs import Run
@@ -80,7 +81,7 @@ def test_exact_labels_are_the_scores_of_what_was_read_before(alone, chosen, scor
     task = replace(alone, order=order, readings=3)
     if order == "cut":  # may leave a gap within a window where a history does not fill its own
         chosen = continued(chosen, score, LENGTH)
-    labels, orders = exact_labels(task, chosen, score, sharpness=5.0)
+    labels, orders = exact_labels(task, chosen, score)
     positions = chosen.mask.nonzero().tolist()
     assert labels.shape == (len(positions), 3, task.n_items) and orders.shape[2] == 2
     for reading in range(3):
@@ -92,7 +93,7 @@ def test_exact_labels_are_the_scores_of_what_was_read_before(alone, chosen, scor
                 if place < 0 or not chosen.mask[row, place]:
                     continue
                 window.append(int(chosen.items[row, place]))
-                expected = 5.0 * score([np.array(window)])[0]
+                expected = score([np.array(window)])[0]
                 torch.testing.assert_close(labels[positions.index([row, place]), reading], expected.float())
 
 
@@ -104,15 +105,46 @@ def test_queries_by_least_squares_are_numpy_s():
     torch.testing.assert_close(nearest(logits, f).double(), torch.from_numpy(best), rtol=1e-2, atol=1e-3)
 
 
+def test_a_label_is_as_sharp_however_small_its_scores_are():
+    """The best has odds of e^margin against items without a score, at any scale; no scores are uniform."""
+    scores = torch.zeros(3, 50)
+    scores[0, 7], scores[1, 7] = 0.2, 0.003
+    scores[1, 8] = -0.5
+    labels = sharpened(scores, margin=0.5).softmax(-1)
+    odds = labels[:2, 7] / (1 - labels[:2, 7])
+    torch.testing.assert_close(odds, np.exp(0.5) * 50 / torch.tensor([49.0, 48.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(labels[2], torch.full((50,), 1 / 50))
+    torch.testing.assert_close(sharpened(scores[:1], 0.5), sharpened(scores[:1] / 30, 0.5))
+
+
+def test_the_start_tells_what_follows_single_items(alone, score):
+    """Unless it shall not: near the linear model's own probabilities, far nearer than before the fit."""
+    settings = LinearSettings(regularisation=20.0, decay=0.8)
+    assert linear_start(alone, 3, 0, replace(settings, successors=False)).successors is None
+    wanted = sharpened(score([np.array([item]) for item in range(alone.n_items)]).float(), settings.label_margin)
+
+    @torch.no_grad()
+    def distance(found):
+        f = found.features(alone.embeddings)
+        got = F.pad(f, (0, 1), value=1.0) @ found.successors @ f.T
+        return float(F.kl_div(got.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"))
+
+    chosen = linear_start(alone, 3, 0, settings)
+    exact, orders = exact_labels(alone, chosen, score)
+    before = fitted(alone, chosen, exact, orders, 0, lambda items: wanted[items], steps=0)
+    assert distance(chosen) < 0.3 * distance(before) and distance(chosen) < 0.3
+
+
 @torch.no_grad()
 def test_the_fit_comes_near_the_exact_labels(alone, chosen, score):
     """Many times nearer than without its steps, in every reading."""
-    exact, orders = exact_labels(alone, chosen, score, sharpness=5.0)
+    exact, orders = exact_labels(alone, chosen, score)
+    exact = 5.0 * exact
     wanted = exact.log_softmax(-1)
 
     def distance(steps: int) -> list[float]:
         with torch.enable_grad():
-            found = fitted(alone, chosen, exact, orders, 0, steps)
+            found = fitted(alone, chosen, exact, orders, 0, steps=steps)
         z = torch.cat([found.labels[:, :, None], found.further_labels], 2)[chosen.mask]
         got = (z @ found.features(alone.embeddings).T).log_softmax(-1)
         return [float(F.kl_div(got[:, r], wanted[:, r], log_target=True, reduction="batchmean")) for r in range(3)]
