@@ -1,8 +1,10 @@
 """Labels of a linear model: where S starts if nobody shall train on all data first.
 
 EASE (`linear.ease`) has a closed form: one matrix is inverted where a full-data teacher needs epochs. It scores item j
-after a history as s_j = Σ_i w_i B_ij, w_i falling with age. A label is softmax_j(c s_j), each with a c of its own
-(`sharpened`): where data are sparse scores are ten times smaller, and a softmax of them as they are would say nothing.
+after a history as Σ_i w_i B_ij, w_i falling with age. Beside it stands what the texts say without any data, their
+similarity to those of the history (`linear.text_knn`): `linear_text` is the sum of both, each relative to its largest.
+A label is softmax_j(c s_j), each with a c of its own (`sharpened`): where data are sparse the scores of EASE are ten
+times smaller, and a softmax of them as they are would say nothing.
 
 S holds it as any label, as a query z over item features f(e) of an adapter. Both are fitted to the labels, from the
 untrained model's adapter, by stochastic gradient steps on some labels and items at a time,
@@ -10,7 +12,7 @@ untrained model's adapter, by stochastic gradient steps on some labels and items
     min over f, z, A   KL(y ‖ softmax(z · f)) + KL(y_i ‖ softmax([f_i, 1] A · f)),
 
 y_i what follows item i on its own. That makes what B knows of single items smooth in their texts: on MovieLens students
-of these labels rank better than students of the exact ones. Of which items are alike, f then says what B does.
+of these labels rank better than students of the exact ones. Of which items are alike, f then says what the labels do.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from foster_lib.condense import BITS, _optimizer, divergence, drawn, least_squar
 from foster_lib.coresets import ALIKE
 from foster_lib.evaluation import Scorer
 from foster_lib.importance import ImportanceSampler
-from foster_lib.linear import ease
+from foster_lib.linear import ease, text_knn
+from foster_lib.references import item_matrix
 from foster_lib.sasrec import adapt
 from foster_lib.selection import cluster_medoids
 from foster_lib.synthetic import LIKENESS_ROWS, ORDERS, SyntheticSequences
@@ -40,18 +43,54 @@ STEPS, LABELS, ITEMS, SHARE = 600, 1000, 2048, 0.5
 
 
 @dataclass(frozen=True)
-class LinearSettings:
-    """Of the linear model and its labels.
-
-    regularisation, decay : λ of EASE and w_i = decay^age, see `linear.ease`
-    label_margin : see `sharpened`
-    successors : whether S tells what follows an item on its own, besides what follows the histories in it
+class ScoreSettings:
+    """regularisation, decay : λ of EASE and w_i = decay^age, see `linear.ease`
+    text, text_decay : weight of the similarity of texts, and decay^age of the history's there, see `linear.text_knn`
     """
 
     regularisation: float = 400.0
     decay: float = 0.9
+    text: float = 0.2
+    text_decay: float = 0.6
+
+
+@dataclass(frozen=True)
+class LinearSettings(ScoreSettings):
+    """Of the scores and the labels.
+
+    label_margin : see `sharpened`
+    successors : whether S tells what follows an item on its own, besides what follows the histories in it
+    """
+
     label_margin: float = 0.5
     successors: bool = True
+
+
+def linear_text(task: Task, sequences: int = 0, seed: int = 0, **parameters) -> Scorer:
+    """What the labels say, as a row of its own; parameters are those of `ScoreSettings`."""
+    return scorer(task, ScoreSettings(**parameters))
+
+
+def scorer(task: Task, settings: ScoreSettings) -> Scorer:
+    """EASE + similarity of texts, each relative to its largest.
+
+    No text counts as similar to itself; EASE's diagonal is 0 as well.
+    """
+    linear = ease(task, regularisation=settings.regularisation, decay=settings.decay)
+    texts = text_knn(task, decay=settings.text_decay)
+
+    def score(histories: list[np.ndarray]) -> Tensor:
+        seen = torch.from_numpy(item_matrix(histories, np.ones, task.n_items, binary=True).toarray()).bool()
+        others = texts(histories).masked_fill(seen, 0.0)
+        return relative(linear(histories).float()) + settings.text * relative(others)
+
+    return score
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores (…, |V|) over the largest for the same history; 0 where none is above 0."""
+    top = scores.amax(-1, keepdim=True)
+    return torch.where(top > 1e-6, scores / top.clamp(min=1e-6), 0.0)
 
 
 def linear_start(
@@ -66,12 +105,12 @@ def linear_start(
     window = window or task.length
     count = task.sequence_length // window
     chosen = cluster_medoids(replace(task, synthetic_length=window), sequences * count, seed).joined(count)
-    score = ease(task, regularisation=settings.regularisation, decay=settings.decay)
+    score = scorer(task, settings)
     chosen = continued(chosen, score, window)
     exact, orders = exact_labels(task, chosen, score)
 
     def follows(items: Tensor) -> Tensor:
-        return sharpened(score([item.numpy() for item in items.split(1)]).float(), settings.label_margin)
+        return sharpened(score([item.numpy() for item in items.split(1)]), settings.label_margin)
 
     exact = sharpened(exact, settings.label_margin)
     return fitted(task, chosen, exact, orders, seed, follows if settings.successors else None)
@@ -117,7 +156,7 @@ def exact_labels(task: Task, chosen: SyntheticSequences, score: Scorer) -> tuple
         place = order.clamp(min=0)
         there = chosen.mask[row, place] & (order >= 0)
         scores = score(histories(chosen.items[row, place], there, task.length))
-        labels[number_of[row, place][there], reading] = scores.float()
+        labels[number_of[row, place][there], reading] = scores
     return labels, torch.stack(orders, 2) if orders else None
 
 
@@ -136,8 +175,8 @@ def sharpened(scores: Tensor, margin: float) -> Tensor:
     So that item is e^margin times as probable as all those together that have no score. Where nothing has one the label
     is uniform; a logit of less than the largest's negative does not count as more unlikely.
     """
-    highest, top = math.log(scores.shape[-1]) + margin, scores.amax(-1, keepdim=True)
-    return torch.where(top > 1e-6, scores * (highest / top.clamp(min=1e-6)), 0.0).clamp(min=-highest)
+    highest = math.log(scores.shape[-1]) + margin
+    return (highest * relative(scores)).clamp(min=-highest)
 
 
 def fitted(

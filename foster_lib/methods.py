@@ -66,6 +66,13 @@ REFERENCES = {
     "popularity": Method(references.popularity, "Popularity", condenses=False, seeded=False),
     "item-knn": Method(references.item_knn, "Item-kNN", condenses=False, seeded=False),
     "linear": Method(linear.ease, "Linear (EASE)", condenses=False, seeded=False),
+    "linear-text": Method(
+        linear_labels.linear_text,
+        "Linear (EASE) + text-kNN",
+        condenses=False,
+        seeded=False,
+        settings=linear_labels.ScoreSettings,
+    ),
 }
 
 CORESETS = {

@@ -14,16 +14,19 @@ from foster_lib.errors import FosterError
 from foster_lib.evaluation import rank_queries, recommender_scorer
 from foster_lib.foster import distill
 from foster_lib.free import FreeSettings, FreeSynthesizer, FreshTask, foster_free
-from foster_lib.linear import ease
+from foster_lib.linear import ease, text_knn
 from foster_lib.linear_labels import (
     LinearSettings,
+    ScoreSettings,
     continued,
     exact_labels,
     fitted,
     histories,
     kd_linear,
     linear_start,
+    linear_text,
     nearest,
+    scorer,
     sharpened,
 )
 from foster_lib.methods import get_method
@@ -103,6 +106,19 @@ def test_queries_by_least_squares_are_numpy_s():
     x = np.c_[f.double().numpy(), np.ones(30)]
     best = np.linalg.lstsq(x, logits.double().numpy().T, rcond=None)[0][:-1].T
     torch.testing.assert_close(nearest(logits, f).double(), torch.from_numpy(best), rtol=1e-2, atol=1e-3)
+
+
+def test_scores_are_the_linear_model_s_and_the_texts_(alone):
+    """Each over its largest, by hand; what was read is not its own likeness. A method of its own is the same."""
+    histories = [np.array([3, 1, 4]), np.array([2])]
+    settings = {"regularisation": 20.0, "decay": 0.8, "text": 0.7, "text_decay": 0.5}
+    found = scorer(alone, ScoreSettings(**settings))(histories)
+    linear, texts = ease(alone, regularisation=20.0, decay=0.8), text_knn(alone, decay=0.5)
+    for own, history in zip(found, histories, strict=True):
+        first, second = linear([history])[0].float(), texts([history])[0]
+        second[history] = 0.0
+        torch.testing.assert_close(own, first / first.max() + 0.7 * second / second.max())
+    torch.testing.assert_close(linear_text(alone, **settings)(histories), found)
 
 
 def test_a_label_is_as_sharp_however_small_its_scores_are():
