@@ -1,7 +1,7 @@
 """FOSTER without full-data training: what it costs is the distillation alone.
 
-S starts at the labels of a linear model (`linear_labels`), L_real is the cross-entropy of real next items, students φ
-are reset to new first weights: no recommender is ever trained on all data. Two forms:
+S starts at the labels of a linear model and the texts (`linear_labels`), L_real is the cross-entropy of real next
+items, students φ are reset to new first weights: no recommender is ever trained on all data. Two forms:
 
 * `foster_free` learns inputs and labels on their own, as FOSTER does from a teacher's labels;
 * `tied.foster_tied` learns one mixture a position, which is input there and target of the position before.

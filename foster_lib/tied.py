@@ -9,6 +9,7 @@ as input and as target. L_real is the cross-entropy of real next items; nothing 
 
 Sequences of nearly real items (β large) teach a student hardly more than real ones do. So each begins with a real item,
 and every further mixture is what a linear model expects there after the real items before it (`linear_labels`).
+From there S also has what follows single items; without `successors` it is the tied mixtures alone, as in the paper.
 The rest is `foster.distill`.
 """
 

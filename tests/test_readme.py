@@ -16,10 +16,12 @@ ROWS = {
     "Untrained (text similarity)": "untrained",
     "Popularity": "popularity",
     "Item-kNN": "item-knn",
+    "Linear model (EASE) + text similarity, closed form": "linear-text",
     "Random": "random",
     "K-Center": "k-center",
     "KD (k-means, the teachers' labels)": "kd",
     "KD, as FOSTER starts": "kd-start",
+    "FOSTER without a teacher": "foster-free",
     "**FOSTER**": "foster",
 }
 
