@@ -131,6 +131,7 @@ def test_a_label_is_as_sharp_however_small_its_scores_are():
     torch.testing.assert_close(odds, np.exp(0.5) * 50 / torch.tensor([49.0, 48.0]), rtol=1e-3, atol=0)
     torch.testing.assert_close(labels[2], torch.full((50,), 1 / 50))
     torch.testing.assert_close(sharpened(scores[:1], 0.5), sharpened(scores[:1] / 30, 0.5))
+    assert sharpened(scores, 0.5)[1].min() == pytest.approx(-np.log(50) - 0.5)  # not 170 times the largest
 
 
 def test_the_start_tells_what_follows_single_items(alone, score):
