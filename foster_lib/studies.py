@@ -157,7 +157,8 @@ def chosen_methods(methods: str, known: Iterable[str]) -> list[str]:
 def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings:
     """`settings` with `change` laid over them.
 
-    A parameter that is set to the default it has anyway is left out, so that the key of the run stays the same.
+    A parameter that is set to the default it has anyway is left out, so that the key of the run stays the same; one
+    that is null is as the method has it, whatever the profile says.
     """
     for section, value in change.items():
         if section == "methods":
@@ -167,7 +168,8 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             own, known = base_name(method), defaults(method)
             before = settings.methods.get(own, {})
             kept = {key: v for key, v in value.items() if key in before or v != known.get(key)}
-            settings = replace(settings, methods={**settings.methods, own: {**before, **kept}})
+            merged = {key: v for key, v in {**before, **kept}.items() if v is not None}
+            settings = replace(settings, methods={**settings.methods, own: merged})
         else:
             if isinstance(value, dict):
                 before = getattr(settings, section)

@@ -132,6 +132,9 @@ def test_a_change_makes_another_key_and_a_default_does_not(space, profile):
     ]
     assert len(set(different)) == len(different)
     assert key("full", sequences=5) == key("full") and key("full", model={"length": 5}) != key("full")
+    assert changed(base.settings, "foster", {"parameters": {"subset": None, "pool": None}}).methods["foster"] == {
+        name: value for name, value in FOSTER.items() if name not in ("subset", "pool")
+    }  # null: as the library has it
     assert base.settings.methods == {"foster": FOSTER}  # nothing was changed in place
 
 
