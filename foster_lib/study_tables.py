@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from foster_lib.methods import get_method
 from foster_lib.paths import write_atomically
@@ -172,7 +172,7 @@ def _dots(axis: plt.Axes, part: pd.DataFrame, above: list[str]) -> None:
         axis.set_xscale("log")
         narrow = part["mean"].max() < 100 * part["mean"].min()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep="") if metric == "bytes" else "{x:g}")  # 20k, not 20000
         axis.xaxis.set_minor_formatter("")
 
 

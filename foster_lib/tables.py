@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from foster_lib.evaluation import METRICS
 from foster_lib.methods import METHODS, defaults, get_method
+from foster_lib.new_items import new_items, readable
 from foster_lib.paths import results_dir, write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
@@ -131,11 +132,14 @@ def table2_folder(profile: str, split: str = "leave-one-out") -> Path:
 
 
 def write_table2(runs: list[Run], folder: Path) -> Path:
-    """Write table2.csv, .md, .tex, table2 and overview .png and .pdf of finished runs; returns the Markdown's path."""
+    """Write table2.csv, .md, .tex, table2 and overview .png and .pdf of finished runs; returns the Markdown's path.
+
+    Where users come back to items, new_items.csv and a second table count the users whose target was new to them.
+    """
     manifests = {run.path: run.manifest() for run in runs}
     long = long_table(manifests.values())
     write_atomically(folder / "table2.csv", lambda path: long.to_csv(path, index=False, float_format="%.6g"))
-    markdown, latex = ["# Table 2: test metrics, full-catalogue ranking", ""], []
+    markdown, latex, of_new = ["# Table 2: test metrics, full-catalogue ranking", ""], [], []
     for dataset in dict.fromkeys(run.settings.dataset for run in runs):
         own = [run for run in runs if run.settings.dataset == dataset]
         chosen = [manifests[run.path] for run in own]
@@ -160,6 +164,20 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             "",
         ]
         latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", latex_table(table), ""]
+        if (new := new_items(own)) is not None:
+            of_new.append(new.assign(dataset=dataset, split=first["split"]))
+            markdown += [
+                f"### {dataset}: users whose test target was new to them",
+                "",
+                "Of the history only the target is ranked. Where a user comes back to an item, whoever scores histories "
+                "highest finds it, so these users are left out here.",
+                "",
+                readable(new).to_markdown(index=False, disable_numparse=True),
+                "",
+            ]
+    if of_new:
+        frame = pd.concat(of_new)
+        write_atomically(folder / "new_items.csv", lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
     write_text(folder / "table2.tex", "\n".join(latex))
     for name, figure in (("table2", table2_figure(long)), ("overview", overview_figure(long))):
         for suffix in ("png", "pdf"):
