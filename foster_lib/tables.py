@@ -169,8 +169,8 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             markdown += [
                 f"### {dataset}: users whose test target was new to them",
                 "",
-                "Of the history only the target is ranked. Where a user comes back to an item, whoever scores histories "
-                "highest finds it, so these users are left out here.",
+                "Of the history only the target is ranked. Where a user comes back to an item, any row that scores "
+                "histories highest finds it, so these users are left out here.",
                 "",
                 readable(new).to_markdown(index=False, disable_numparse=True),
                 "",
