@@ -174,11 +174,9 @@ def changed(settings: Settings, method: str, change: dict[str, Any]) -> Settings
             if isinstance(value, dict):
                 before = getattr(settings, section)
                 value = build(type(before), {**asdict(before), **value}, f"{section} of a study")
-            if section == "model":  # a synthetic sequence keeps its number of windows, a real batch its positions
+            if section == "model":  # a synthetic sequence keeps its number of windows
                 windows = settings.sequence_length // settings.model.length
-                batch = max(1, settings.full.batch_size * settings.model.length // value.length)
-                full = replace(settings.full, batch_size=batch)
-                settings = replace(settings, sequence_length=windows * value.length, full=full)
+                settings = replace(settings, sequence_length=windows * value.length)
                 if settings.order == "cut":  # as many cuts as there can be
                     settings = replace(settings, readings=math.gcd(settings.readings, value.length))
             settings = replace(settings, **{section: value})

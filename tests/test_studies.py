@@ -138,15 +138,11 @@ def test_a_change_makes_another_key_and_a_default_does_not(space, profile):
     assert base.settings.methods == {"foster": FOSTER}  # nothing was changed in place
 
 
-def test_other_lengths_keep_windows_and_batches(space, profile):
-    """Where the model reads fewer items at a time, a synthetic sequence gets shorter, and batches hold more windows."""
+def test_a_sequence_keeps_its_number_of_windows(space, profile):
+    """Where the model reads fewer items at a time, a synthetic sequence gets shorter too."""
     settings = replace(plan(profile, ["toy"], ["foster"], [0])[0].settings, sequence_length=12)
     assert changed(settings, "foster", {"model": {"length": 3}}).sequence_length == 6
     assert changed(settings, "foster", {"model": {"width": 8}}).sequence_length == 12
-    batch = settings.full.batch_size
-    for length, windows in ((settings.model.length, batch), (3, 2 * batch), (10_000, 1)):
-        assert changed(settings, "foster", {"model": {"length": length}}).full.batch_size == windows
-    assert changed(settings, "foster", {"model": {"length": 3}, "full": {"batch_size": 5}}).full.batch_size == 5
 
 
 def test_methods_choose_the_lines_of_a_study(space, profile):
