@@ -131,6 +131,22 @@ class Profile:
             raise FosterError(f"profile '{self.name}': per_dataset.{dataset}.{key} must be a list, not {own!r}.")
         return own
 
+    def own_students(self, dataset: str) -> dict[str, dict[str, Any]]:
+        """What is changed for the students of a method's sequences: not every optimiser suits every form of S."""
+        own = self.raw.get("per_dataset", {}).get(dataset, {}).get("own_student", {})
+        if not isinstance(own, dict) or not all(isinstance(change, dict) for change in own.values()):
+            where = f"profile '{self.name}': per_dataset.{dataset}.own_student"
+            raise FosterError(f"{where} must hold methods, with keys and values of each.")
+        return own
+
+    def for_method(self, settings: Settings, method: str) -> Settings:
+        """`settings` with the own student of a method, if it has one on that data set."""
+        change = self.own_students(settings.dataset).get(method)
+        if not change:
+            return settings
+        where = f"own_student.{method} of {settings.dataset} in profile '{self.name}'"
+        return replace(settings, student=build(StudentSettings, {**asdict(settings.student), **change}, where))
+
     def settings(self, dataset: str, split: str | None = None) -> Settings:
         """Settings of one data set, `per_dataset` applied."""
         own = self.raw.get("per_dataset", {}).get(dataset, {})
@@ -139,7 +155,7 @@ class Profile:
         for key in own:
             check_known(
                 key,
-                (*SECTIONS, *BUDGET, "table2", "once"),
+                (*SECTIONS, *BUDGET, "table2", "once", "own_student"),
                 f"key of per_dataset.{dataset} in profile '{self.name}'",
             )
         merged = _merge(self.raw, own)

@@ -176,10 +176,10 @@ def plan(
     once = {name: profile.once(name, split) for name in datasets}
     for name in datasets:
         _split(name, settings[name].split)
-        for method in once[name]:
+        for method in (*once[name], *profile.own_students(name)):
             get_method(method)
     runs = [
-        Run(settings[name], method, seed, student)
+        Run(profile.for_method(settings[name], method), method, seed, student)
         for name in datasets
         for method in (METHODS if "all" in rows[name] else rows[name])
         if method != "teachers" or settings[name].teachers > 1  # the mean of one is the row `full`

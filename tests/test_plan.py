@@ -87,3 +87,27 @@ def test_profiles_extend_each_other_and_refuse_unknown_keys():
         build(TrainSettings, {"epoch": 3}, "test")
     with pytest.raises(FosterError, match="must be a number"):
         build(TrainSettings, {"learning_rate": "1e-3"}, "test")
+
+
+def test_students_of_one_method_may_learn_otherwise(settings):
+    """On one data set alone; a wrong method, key or shape ends the plan."""
+
+    def planned(own, dataset="toy"):
+        raw = {"encoder": {"name": "tiny"}, "student": {"epochs": 7}, "per_dataset": {dataset: {"own_student": own}}}
+        profile = Profile("cpu", ["toy"], [0], "leave-one-out", [], raw)
+        return {run.method: run for run in plan(profile, ["toy"], ["full", "random", "td3"], [0])}
+
+    plain, own = planned({}), planned({"td3": {"muon_rate": 0.5}})
+    assert own["td3"].settings.student == replace(plain["td3"].settings.student, muon_rate=0.5)
+    assert own["td3"].settings.student.epochs == 7 and own["td3"].key != plain["td3"].key
+    assert own["td3"].distilled_path == plain["td3"].distilled_path  # what it learns from is the same
+    assert own["random"] == plain["random"] and own["full"] == plain["full"]
+    assert planned({"td3": {"muon_rate": 0.5}}, "other") == plain
+    for wrong, said in (
+        ({"td4": {}}, "Did you mean 'td3'"),
+        ({"td3": {"muon": 1.0}}, "muon"),
+        ({"td3": 1.0}, "must hold methods"),
+        ([1], "must hold methods"),
+    ):
+        with pytest.raises(FosterError, match=said):
+            planned(wrong)
