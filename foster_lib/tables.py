@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from foster_lib.evaluation import METRICS
 from foster_lib.methods import METHODS, defaults, get_method
-from foster_lib.new_items import new_items, readable
+from foster_lib.new_items import new_test_targets, over_queries
 from foster_lib.paths import results_dir, write_atomically, write_text
 from foster_lib.records import read_ranks
 from foster_lib.runs import Run
@@ -27,6 +27,8 @@ OF_THIS_MACHINE = ("quick", "smoke")
 STEPS = ("outer_steps", "iterations")
 """What methods call the number of their steps on S."""
 ERROR_BARS = {"lw": 1, "capsize": 2}
+EVERYBODY = slice(None)
+COSTS = ("Distil s", "Train s", "KiB")
 
 
 def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
@@ -65,27 +67,29 @@ def long_table(manifests: Iterable[dict]) -> pd.DataFrame:
     return frame.sort_values(["asked", "split", "order"], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
-def per_user(runs: Iterable[Run], metric: str) -> dict[str, np.ndarray]:
-    """Test metric of each user, averaged over seeds, by method (of one data set)."""
+def per_user(runs: Iterable[Run], metric: str, chosen: np.ndarray | slice = EVERYBODY) -> dict[str, np.ndarray]:
+    """Test metric of each `chosen` user, averaged over seeds, by method (of one data set)."""
     collected: dict[str, list[np.ndarray]] = {}
     for run in runs:
-        collected.setdefault(run.method, []).append(read_ranks(run.path).per_user(metric))
+        collected.setdefault(run.method, []).append(read_ranks(run.path).per_user(metric)[chosen])
     return {method: np.mean(values, axis=0) for method, values in collected.items()}
 
 
-def comparisons(runs: Iterable[Run], method: str = "foster", metric: str = "ndcg@10") -> pd.DataFrame:
-    """`method` against every other row by paired bootstrap over users (seeds averaged)."""
-    values = per_user(runs, metric)
+def comparisons(
+    runs: Iterable[Run], method: str = "foster", metric: str = "ndcg@10", chosen: np.ndarray | slice = EVERYBODY
+) -> pd.DataFrame:
+    """`method` against every other row by paired bootstrap over the `chosen` users (seeds averaged)."""
+    values = per_user(runs, metric, chosen)
     others = {other: each for other, each in values.items() if other != method and method in values}
     tests = paired_bootstraps(values[method], others) if others else {}
     rows = [{"against": other, **test} for other, test in tests.items()]
     return pd.DataFrame(rows, columns=["against", "difference", "low", "high", "p_value", "cohens_d"])
 
 
-def readable_table(runs: list[Run], manifests: list[dict]) -> pd.DataFrame:
-    """Table 2 of one data set as people read it: a row per method, formatted text."""
+def readable_table(runs: list[Run], manifests: list[dict], chosen: np.ndarray | slice = EVERYBODY) -> pd.DataFrame:
+    """Table 2 of one data set as people read it: a row per method, formatted text; `chosen` users are compared."""
     long = long_table(manifests).set_index(["method", "metric"])
-    compared = comparisons(runs).set_index("against")
+    compared = comparisons(runs, chosen=chosen).set_index("against")
     rows = []
     for method in dict.fromkeys(long.index.get_level_values("method")):
         own = [manifest for manifest in manifests if manifest["method"] == method]
@@ -164,15 +168,19 @@ def write_table2(runs: list[Run], folder: Path) -> Path:
             "",
         ]
         latex += [f"% {dataset}, {first['split']}, profile {first['profile']}", latex_table(table), ""]
-        if (new := new_items(own)) is not None:
-            of_new.append(new.assign(dataset=dataset, split=first["split"]))
+        new = new_test_targets(own[0])
+        if not new.all():
+            over_new = over_queries(own, new)
+            of_new.append(long_table(over_new))
             markdown += [
                 f"### {dataset}: users whose test target was new to them",
                 "",
                 "Of the history only the target is ranked. Where a user comes back to an item, any row that scores "
                 "histories highest finds it, so these users are left out here.",
                 "",
-                readable(new).to_markdown(index=False, disable_numparse=True),
+                readable_table(own, over_new, new)
+                .drop(columns=[*COSTS])
+                .to_markdown(index=False, disable_numparse=True),
                 "",
             ]
     if of_new:

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from foster_lib.execution import execute
-from foster_lib.new_items import new_items, new_targets, readable
+from foster_lib.new_items import new_targets, new_test_targets, over_queries
 from foster_lib.runs import Run, load_once
 from foster_lib.splits import Queries
-from foster_lib.tables import write_table2
+from foster_lib.tables import comparisons, long_table, readable_table, write_table2
 from tests.conftest import make_tables, write_tables
 
 ROWS = [("full", 0, 0), ("untrained", 0, 0), ("popularity", 0, 0)]
@@ -63,7 +63,10 @@ def test_the_table_by_hand(toy, runs):
                 places = range(higher + 1, higher + tied + 2)
                 values.append(sum(1 / math.log2(place + 1) for place in places if place <= 10) / len(places))
         sums.setdefault(run.method, {}).setdefault(run.seed, []).append(sum(values) / len(values))
-    table = new_items(runs).set_index(["method", "metric"])
+    new = new_test_targets(runs[0])
+    manifests = over_queries(runs, new)
+    table = long_table(manifests).set_index(["method", "metric"])
+    compared = comparisons(runs, chosen=new).set_index("against")
     seeds = {method: [sum(own) / len(own) for own in of.values()] for method, of in sums.items()}
     means = {method: sum(values) / len(values) for method, values in seeds.items()}
     for method, mean in means.items():
@@ -73,13 +76,16 @@ def test_the_table_by_hand(toy, runs):
         gain = (mean - means["untrained"]) / (means["full"] - means["untrained"])
         assert row["recovered_gain"] == pytest.approx(gain)
         if method == "foster":
-            assert np.isnan(row["difference"])
+            assert method not in compared.index
         else:
-            assert row["difference"] == pytest.approx(means["foster"] - mean)
-            assert row["low"] <= row["difference"] <= row["high"]
+            test = compared.loc[method]
+            assert test["difference"] == pytest.approx(means["foster"] - mean)
+            assert test["low"] <= test["difference"] <= test["high"]
     first, second = seeds["random"]
     assert table.loc[("random", "ndcg@10"), "std"] == pytest.approx(abs(first - second) / math.sqrt(2))
-    shown = readable(new_items(runs)).set_index("Method")
+    shown = readable_table(runs, manifests, new).set_index("Method")
+    first = compared.loc["random"]
+    assert shown.loc["Random", "FOSTER minus it, 95 %"].startswith(f"{first['difference']:+.4f} [{first['low']:+.4f}")
     assert "±" in shown.loc["FOSTER", "NDCG@10"] and "±" not in shown.loc["Popularity", "NDCG@10"]
 
 
@@ -87,6 +93,8 @@ def test_table_2_has_it_where_users_come_back(toy, runs, settings):
     text = write_table2(runs, toy / "table2").read_text()
     assert "### toy: users whose test target was new to them" in text
     written = pd.read_csv(toy / "table2" / "new_items.csv")
+    over_new = long_table(over_queries(runs, new_test_targets(runs[0])))
+    np.testing.assert_allclose(written["mean"], over_new["mean"], rtol=1e-5)
     assert set(written["method"]) == {method for method, _, _ in ROWS} and set(written["dataset"]) == {"toy"}
 
 
@@ -96,6 +104,6 @@ def test_there_is_none_where_nobody_comes_back(toy, settings):
     load_once.cache_clear()
     run = Run(settings, "popularity", 0)
     execute([run], progress=False, say=lambda line: None)
-    assert new_items([run]) is None
+    assert new_test_targets(run).all()
     text = write_table2([run], toy / "table2").read_text()
     assert "new to them" not in text and not (toy / "table2" / "new_items.csv").exists()
