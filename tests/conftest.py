@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from foster_lib.config import EncoderSettings, Settings, StudentSettings
 from foster_lib.datasets import load_dataset
 from foster_lib.encoder import FrozenCatalogue, TextEncoder
-from foster_lib.runs import load_catalogue, load_once
+from foster_lib.runs import _split, load_catalogue, load_once
 from foster_lib.sasrec import ModelSettings, build_model
 from foster_lib.splits import leave_one_out
 from foster_lib.task import Task
@@ -85,9 +85,15 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("FOSTER_DATA", str(tmp_path))
     monkeypatch.setenv("FOSTER_RESULTS", str(tmp_path / "results"))
     write_tables(tmp_path, *make_tables())
-    load_once.cache_clear()
-    load_catalogue.cache_clear()
-    return tmp_path
+    forget_data()
+    yield tmp_path
+    forget_data()  # the test may have written others by the same name
+
+
+def forget_data():
+    """Nothing that this process has read of a data set is kept."""
+    for kept in (load_once, load_catalogue, _split):
+        kept.cache_clear()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from foster_lib.new_items import new_targets, new_test_targets, over_queries
 from foster_lib.runs import Run, load_once
 from foster_lib.splits import Queries
 from foster_lib.tables import comparisons, long_table, readable_table, write_table2
-from tests.conftest import make_tables, write_tables
+from tests.conftest import forget_data, make_tables, write_tables
 
 ROWS = [("full", 0, 0), ("untrained", 0, 0), ("popularity", 0, 0)]
 ROWS += [(method, seed, student) for method in ("random", "foster") for seed in (0, 1) for student in (0, 1)]
@@ -37,7 +37,7 @@ def runs(toy, settings):
         for number, (_, own) in enumerate(by_user)
     )
     write_tables(toy, items, interactions)
-    load_once.cache_clear()
+    forget_data()
     small = replace(settings, methods={"foster": FOSTER})
     found = [Run(small, method, seed, student) for method, seed, student in ROWS]
     execute(found, progress=False, say=lambda line: None)
@@ -101,7 +101,7 @@ def test_table_2_has_it_where_users_come_back(toy, runs, settings):
 def test_there_is_none_where_nobody_comes_back(toy, settings):
     items, interactions = make_tables()
     write_tables(toy, items, interactions.drop_duplicates(["user_id", "item_id"]))
-    load_once.cache_clear()
+    forget_data()
     run = Run(settings, "popularity", 0)
     execute([run], progress=False, say=lambda line: None)
     assert new_test_targets(run).all()
